@@ -1,0 +1,36 @@
+"""vmap by folding: n calls of an op become one call over n times the tokens, without a loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_fp8attn.quantize import Fp8Array, split_tokens
+
+
+def broadcast_instances(arrays: Any, batched: Any, size: int) -> Any:
+    """Gives every leaf the leading instance axis that only the batched ones have."""
+    return jax.tree.map(lambda x, b: x if b else jnp.broadcast_to(x, (size, *jnp.shape(x))), arrays, batched)
+
+
+def merge_axes(x: jax.Array, axis: int) -> jax.Array:
+    """Merges ``axis`` with the one after it."""
+    return x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
+
+
+def unfold_axis(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """[..., n*T, ...] -> [n, ..., T, ...]."""
+    x = x.reshape(*x.shape[:axis], size, x.shape[axis] // size, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x, axis, 0)
+
+
+def unfold_tokens(out: jax.Array | Fp8Array, size: int) -> jax.Array | Fp8Array:
+    """[n*T, ...] -> [n, T, ...]; scales are cut and padded per instance."""
+    return split_tokens(out, size) if isinstance(out, Fp8Array) else unfold_axis(out, 0, size)
+
+
+def per_token(x: jax.Array, tokens: int) -> jax.Array:
+    """[instances] -> [tokens]: the value of the instance that owns each token."""
+    return jnp.repeat(x, tokens // x.shape[0], total_repeat_length=tokens)
