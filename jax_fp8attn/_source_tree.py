@@ -9,9 +9,9 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from collections.abc import Sequence
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _BACKENDS = ("pallas", "custom_calls")

@@ -51,8 +51,10 @@ def scalar(op: str, argument: str, x: Any, default: float | None = None) -> jax.
     """A number or one-element array as float32 []."""
     if x is None and default is not None:
         x = default
-    dtype = np.dtype(jnp.result_type(x)) if isinstance(x, int | float) or is_array(x) else None
-    if dtype is None or not jnp.issubdtype(dtype, jnp.number) or isinstance(x, bool) or np.size(x) != 1:
+    number = isinstance(x, int | float) and not isinstance(x, bool)
+    if is_array(x):
+        number = x.size == 1 and any(jnp.issubdtype(x.dtype, kind) for kind in (jnp.floating, jnp.integer))
+    if not number:
         raise invalid(op, argument, describe(x), "a number or an array with one element")
     return jnp.asarray(x, jnp.float32).reshape(())
 
@@ -82,6 +84,8 @@ def report(op: str, argument: str, bad: Any, message: str) -> None:
 
     ``message`` continues "<op>: <argument>[<position>] ...".
     """
+    if not np.size(bad):
+        return
     if isinstance(bad, jax.core.Tracer):
         from jax.experimental import checkify
 
@@ -110,3 +114,147 @@ def scale(op: str, argument: str, x: Any) -> None:
         return
     x = jnp.asarray(x, jnp.float32)
     report(op, argument, ~((x > 0) & (x < jnp.inf)), "is not a positive finite number")
+
+
+def mla_prefill(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    softmax_scale: Any = None,
+    q_scale: Any = None,
+    k_scale: Any = None,
+    v_scale: Any = None,
+    **options: Any,
+) -> None:
+    """The value checks of ``mla_prefill``: offsets in order and in range, scales positive and finite."""
+    op = "mla_prefill"
+    offsets(op, "cu_seqlens_q", cu_seqlens_q, q.shape[0])
+    offsets(op, "cu_seqlens_k", cu_seqlens_k, v.shape[0])
+    for name, value in (("softmax_scale", softmax_scale), ("q_scale", q_scale), ("k_scale", k_scale), ("v_scale", v_scale)):
+        scale(op, name, value)
+
+
+def merge_attn_states(
+    prefix_output: Any,
+    prefix_lse: Any,
+    suffix_output: Any,
+    suffix_lse: Any,
+    *,
+    prefill_tokens_with_context: Any = None,
+    output_quant: Any = None,
+    output_scale: Any = None,
+    **options: Any,
+) -> None:
+    """The value checks of ``merge_attn_states``: the context count in 0..T, the output scale positive and finite."""
+    op, tokens = "merge_attn_states", prefix_output.shape[0]
+    if prefill_tokens_with_context is not None:
+        count = prefill_tokens_with_context
+        report(op, "prefill_tokens_with_context", (count < 0) | (count > tokens), f"is not in 0 to T = {tokens}")
+    scale(op, "output_scale", output_scale)
+    scale(op, "output_quant.scale", getattr(output_quant, "scale", None))
+
+
+def sparse_prefill(
+    q: Any,
+    prefix: Any,
+    prefix_indices: Any,
+    prefix_indptr: Any,
+    extend: Any = None,
+    extend_indices: Any = None,
+    extend_indptr: Any = None,
+    *,
+    padding: int | None = None,
+    scales: bool = False,
+    **options: Any,
+) -> None:
+    """The value checks of ``sparse_prefill``: indptr starts at 0, never decreases and ends within the index array;
+    every listed index is a row of its own pool.
+
+    padding  an index that means "no row" and is no error, usually -1
+    scales   also: every FP8 scale of q and of a listed row is positive and finite
+    """
+    op = "sparse_prefill"
+    pools = [("prefix", prefix, prefix_indices, prefix_indptr), ("extend", extend, extend_indices, extend_indptr)]
+    for name, pool, indices, indptr in pools:
+        if pool is None:
+            continue
+        report(op, f"{name}_indptr", indptr[:1] != 0, "is not 0")
+        offsets(op, f"{name}_indptr", indptr, indices.shape[0])
+        entry = jnp.arange(indices.shape[0])
+        listed = (entry >= indptr[0]) & (entry < indptr[-1])
+        _listed_rows(op, f"{name}_indices", indices, listed, pool, (padding, scales), indptr)
+    if scales:
+        _latent_scales(op, "q", q)
+
+
+def sparse_prefill_topk(
+    q: Any,
+    prefix: Any,
+    indices: Any,
+    lengths: Any = None,
+    extend: Any = None,
+    extend_indices: Any = None,
+    extend_lengths: Any = None,
+    *,
+    padding: int | None = None,
+    scales: bool = False,
+    **options: Any,
+) -> None:
+    """The value checks of ``sparse_prefill_topk``: lengths within 0..K, every listed index a row of its own pool.
+
+    padding, scales  as in ``checks.sparse_prefill``
+    """
+    op = "sparse_prefill_topk"
+    pools = [(prefix, "indices", indices, "lengths", lengths)]
+    pools += [(extend, "extend_indices", extend_indices, "extend_lengths", extend_lengths)]
+    for pool, name, matrix, lengths_name, length in pools:
+        if pool is None:
+            continue
+        width = matrix.shape[1]
+        listed = jnp.ones(matrix.shape, bool)
+        if length is not None:
+            report(op, lengths_name, (length < 0) | (length > width), f"is outside 0..{width}")
+            listed = jnp.arange(width) < length[:, None]
+        _listed_rows(op, name, matrix, listed, pool, (padding, scales))
+    if scales:
+        _latent_scales(op, "q", q)
+
+
+def _listed_rows(
+    op: str, argument: str, indices: Any, listed: Any, pool: Any, options: tuple[int | None, bool], indptr: Any = None
+) -> None:
+    padding, scales = options
+    rows = jax.tree.leaves(pool)[0].shape[0]
+    outside = (indices < 0) | (indices >= rows)
+    bad = listed & outside if padding is None else listed & outside & (indices != padding)
+    message = f"is listed{_owner(indptr, bad)}, and is none of the {rows} rows of its pool"
+    report(op, argument, bad, message)
+    if scales and rows and hasattr(pool, "scale"):
+        bad_row = jnp.any(_bad_latent_scale(pool.scale), axis=-1)
+        bad = listed & ~outside & bad_row[jnp.where(outside, 0, indices)]
+        report(op, argument, bad, f"lists{_owner(indptr, bad)} a row whose scale is not a positive finite number")
+
+
+def _owner(indptr: Any, bad: Any) -> str:
+    """Token and place of the first bad entry of concatenated lists, if they can be read."""
+    if indptr is None or isinstance(bad, jax.core.Tracer) or not np.any(bad):
+        return ""
+    entry = int(np.argmax(bad))
+    token = int(np.searchsorted(np.asarray(indptr), entry, side="right")) - 1
+    return f" (entry {entry - int(indptr[token])} of token {token})"
+
+
+def _latent_scales(op: str, argument: str, rows: Any) -> None:
+    if hasattr(rows, "scale"):
+        report(op, f"{argument}.scale", _bad_latent_scale(rows.scale), "is not a positive finite number")
+
+
+def _bad_latent_scale(scale: Any) -> jax.Array:
+    """By bits: a CPU takes the subnormal 2^-127 for zero."""
+    if scale.dtype != jnp.float32:
+        return jax.lax.bitcast_convert_type(scale, jnp.uint8) == 255
+    bits = jax.lax.bitcast_convert_type(scale, jnp.int32)
+    return (bits <= 0) | (bits >= 0x7F800000)

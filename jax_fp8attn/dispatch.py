@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.custom_batching import custom_vmap
 
 from jax_fp8attn.errors import InvalidInputError, UnsupportedError
@@ -77,6 +79,7 @@ CANDIDATES: dict[str, tuple[Candidate, ...]] = {
         _absent("pallas", "the Hopper kernel of gdn_prefill"),
         _absent("flashinfer", "the FlashInfer call of gdn_prefill"),
     ),
+    "gdn_prefill_pool": _table("gdn_prefill", _absent("pallas", "the Hopper kernel of gdn_prefill_pool")),
 }
 """Fastest first. "xla" takes every valid problem on every platform; "reference" is never chosen by itself."""
 
@@ -126,7 +129,7 @@ def _reasons(candidate: Candidate, problem: Any, device: Device) -> tuple[str, .
         return (f"needs {' or '.join(candidate.platforms)}; the device is {device.platform}",)
     try:
         module = importlib.import_module(candidate.module)
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: a shared library that is missing or broken
         return (f"cannot be imported: {error}",)
     return tuple(module.supports(problem, device))
 
@@ -139,11 +142,11 @@ def wish_list(op: str, implementation: Implementation) -> tuple[str, ...] | None
         if not text:
             return None
         argument, implementation = "JAX_FP8ATTN_IMPLEMENTATION", tuple(part.strip() for part in text.split(","))
-    names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+    names = (implementation,) if isinstance(implementation, str) else implementation
     known = [candidate.name for candidate in CANDIDATES[op]]
-    if not names or any(name not in NAMES for name in names):
+    if not isinstance(names, list | tuple) or not names or any(name not in NAMES for name in names):
         raise InvalidInputError(f"{op}: {argument} is {implementation!r}; expected names out of {known} or None.")
-    return names
+    return tuple(names)
 
 
 def _by_name(op: str, name: str) -> Candidate:
@@ -255,11 +258,15 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     if op not in EXPLAINABLE or function is None:
         raise InvalidInputError(f"explain: op is {op!r}; expected one of {sorted(EXPLAINABLE)}.")
     leaves, tree = jax.tree.flatten((args, kwargs))
-    dynamic = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
+    # numbers stay static, and so do dtypes: numpy's classes have a shape, too
+    dynamic = [
+        hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, type | np.generic) for leaf in leaves
+    ]
 
     def call_op(traced: list[Any]) -> Any:
         values = iter(traced)
-        args, kwargs = jax.tree.unflatten(tree, [next(values) if d else x for d, x in zip(dynamic, leaves, strict=True)])
+        mixed = [next(values) if d else leaf for d, leaf in zip(dynamic, leaves, strict=True)]
+        args, kwargs = jax.tree.unflatten(tree, mixed)
         return function(*args, **kwargs)
 
     token = _explaining.set(True)
@@ -306,11 +313,20 @@ def _with_batching(op: Op, problem: Any, name: str) -> Callable[[Any], Any]:
 
     @run.def_vmap
     def _(size: int, batched: Sequence[Any], arrays: Any) -> tuple[Any, Any]:
+        if not size:
+            result = _no_instances(run, arrays, batched[0])
+            return result, jax.tree.map(lambda _: True, result)
         folded_problem, folded, unfold = op.fold(problem, arrays, size, batched[0])
         result = unfold(_with_batching(op, folded_problem, name)(folded))
         return result, jax.tree.map(lambda _: True, result)
 
     return run
+
+
+def _no_instances(run: Callable[[Any], Any], arrays: Any, batched: Any) -> Any:
+    """vmap over an axis of length 0: empty results, nothing runs."""
+    one = jax.tree.map(lambda x, b: jax.ShapeDtypeStruct(x.shape[1:] if b else x.shape, x.dtype), arrays, batched)
+    return jax.tree.map(lambda x: jnp.zeros((0, *x.shape), x.dtype), jax.eval_shape(run, one))
 
 
 def _with_derivative(op: Op, problem: Any, name: str) -> Callable[[Any], Any]:

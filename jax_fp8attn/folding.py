@@ -33,4 +33,4 @@ def unfold_tokens(out: jax.Array | Fp8Array, size: int) -> jax.Array | Fp8Array:
 
 def per_token(x: jax.Array, tokens: int) -> jax.Array:
     """[instances] -> [tokens]: the value of the instance that owns each token."""
-    return jnp.repeat(x, tokens // x.shape[0], total_repeat_length=tokens)
+    return jnp.broadcast_to(x[:, None], (x.shape[0], tokens // x.shape[0])).reshape(tokens)

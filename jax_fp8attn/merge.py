@@ -50,13 +50,14 @@ def merge_attn_states(
     Edge cases, equal in every implementation:
       * lse = -inf or +inf means that a side is empty: the other side comes out bit for bit.
       * both empty: out = 0, lse = -inf.
-      * a side of weight 0 contributes exactly 0, even if its output holds NaN or inf.
+      * a side of weight 0 (below 2^-126) contributes exactly 0, even if its output holds NaN or inf.
       * a NaN lse gives a NaN row and a NaN lse; a NaN element stays where it is.
-      * tokens past ``prefill_tokens_with_context`` whose suffix lse is +inf: suffix output, lse = -inf.
+      * tokens past ``prefill_tokens_with_context``: the suffix output bit for bit, whatever its lse; +inf becomes -inf.
       * T = 0 or H = 0: empty results.
       * NaN becomes FP8 code 0x7F; values beyond the range saturate.
 
-    Under jit nothing that is traced causes a retrace. vmap folds into the token axis. No derivative.
+    Under jit nothing that is traced causes a retrace. vmap folds into the token axis: every instance has its own
+    context count, its own scale, and its own padding of the scale buffer. No derivative.
     """
     op = "merge_attn_states"
     options = Options(output_quant, output_scale, lse_layout, lse_base, return_lse, out_dtype)
@@ -86,16 +87,8 @@ def merge_attn_states_n(
     Everything else as in ``merge_attn_states``: states with lse = +-inf are empty, all empty gives out = 0 and
     lse = -inf, and a state of weight 0 contributes exactly 0.
     """
-    op = "merge_attn_states_n"
-    if not checks.is_array(outputs) or outputs.ndim != 4 or outputs.shape[0] < 1:
-        raise checks.invalid(op, "outputs", checks.describe(outputs), "a float array [N, T, H, D] with N >= 1")
-    if not checks.is_array(lses) or lses.ndim != 3 or lses.shape[0] != outputs.shape[0]:
-        raise checks.invalid(op, "lses", checks.describe(lses), f"float32 [{outputs.shape[0]}, H, T]")
     options = Options(output_quant, output_scale, lse_layout, lse_base, return_lse, out_dtype)
-    one = {"outputs": jax.ShapeDtypeStruct(outputs.shape[1:], outputs.dtype)}
-    problem, arrays = _problem(op, one, {"lses": jax.ShapeDtypeStruct(lses.shape[1:], lses.dtype)}, options, None)
-    problem = dataclasses.replace(problem, states=outputs.shape[0], stacked=True)
-    arrays = arrays._replace(outputs=jnp.asarray(outputs), lses=jnp.asarray(lses))
+    problem, arrays = _problem("merge_attn_states_n", {"outputs": outputs}, {"lses": lses}, options, None)
     return dispatch.call(OP, problem, arrays, implementation)
 
 
@@ -108,7 +101,8 @@ def mask_empty_context_lse(
     query_start_loc    int32 [B+1]: request b owns the tokens query_start_loc[b] to query_start_loc[b+1]
     context_start_loc  int32 [B+1]: its context keys; equal neighbours mean no context
 
-    Tokens of no request keep their lse. Offsets outside 0..T and decreasing ones are clamped.
+    Tokens of no request keep their lse. Offsets are clamped to 0..T (context: to 0 and above), and a decreasing one
+    counts as the largest before it, as in ``mla_prefill``.
     """
     op = "mask_empty_context_lse"
     lse = checks.array(op, "lse", lse, ("H", "T"), [jnp.float32])
@@ -116,10 +110,10 @@ def mask_empty_context_lse(
     context = checks.array(op, "context_start_loc", context_start_loc, query.shape, [jnp.int32])
     if not query.shape[0]:
         raise checks.invalid(op, "query_start_loc", "int32[0]", "int32 [B+1]", "No request at all is [0].")
-    start, length = offsets.ranges(query, lse.shape[1])
-    request = offsets.owner(start, length, lse.shape[1])
-    # a request without context: context_start_loc does not grow
-    empty = jnp.append(context[1:] <= context[:-1], False)
+    request = offsets.owner(*offsets.ranges(query, lse.shape[1]), lse.shape[1])
+    _, context_length = offsets.ranges(context, np.iinfo(np.int32).max)
+    # one more, never empty: tokens of no request (-1) read it
+    empty = jnp.append(context_length == 0, False)
     return jnp.where(empty[request], -jnp.inf, lse)
 
 
@@ -138,44 +132,27 @@ class Options:
 def _problem(
     op: str, outputs: dict[str, Any], lses: dict[str, Any], options: Options, count: Any
 ) -> tuple[MergeProblem, MergeArrays]:
-    """Checks every static fact; the first output decides shape and dtype."""
+    """Checks every static fact; the first output decides shape and dtype. A single one holds all states, stacked."""
     first, *others = outputs
-    if not getattr(outputs[first], "ndim", 0) == 3:
-        raise checks.invalid(op, first, checks.describe(outputs[first]), "a float array [T, H, D]")
-    shape, dtype = outputs[first].shape, jnp.dtype(outputs[first].dtype)
-    if dtype not in [jnp.dtype(d) for d in FLOATS]:
-        raise checks.invalid(op, first, checks.describe(outputs[first]), "bfloat16, float16 or float32 [T, H, D]")
-    for name in others:
-        checks.array(op, name, outputs[name], shape, [dtype], f"Both outputs must be alike; {first} is the pattern.")
-    tokens, heads, width = shape
+    stacked = not others
+    pattern = checks.array(op, first, outputs[first], [*"NTHD"] if stacked else [*"THD"], FLOATS)
+    *stack, tokens, heads, width = pattern.shape
+    dtype = jnp.dtype(pattern.dtype)
+    if stack == [0]:
+        raise checks.invalid(op, first, checks.describe(pattern), "at least one state: N >= 1")
+    alike = f"Both must be alike; {first} is the pattern."
+    states = [pattern, *(checks.array(op, name, outputs[name], pattern.shape, [dtype], alike) for name in others)]
 
     checks.option(op, "lse_layout", options.lse_layout, ("HT", "TH"))
     checks.option(op, "lse_base", options.lse_base, ("e", "2"))
     checks.flag(op, "return_lse", options.return_lse)
-    lse_shape = (heads, tokens) if options.lse_layout == "HT" else (tokens, heads)
-    for name, lse in lses.items():
-        remedy = ""
-        if getattr(lse, "shape", None) == lse_shape[::-1]:
-            other = "TH" if options.lse_layout == "HT" else "HT"
-            remedy = f"It looks like [{', '.join(other)}]: pass lse_layout={other!r}."
-        _lse(op, name, lse, lse_shape, remedy)
-
-    quant = options.output_quant
-    if options.output_scale is not None:
-        if quant is not None:
-            raise checks.invalid(op, "output_scale", "given together with output_quant", "one of the two")
-        quant = Fp8PerTensor(options.output_scale)
-    scale = None
-    if quant is not None:
-        check_spec(op, "output_quant", quant, width)
-        if options.out_dtype is not None:
-            raise checks.invalid(op, "out_dtype", repr(options.out_dtype), "None beside output_quant")
-        if isinstance(quant, Fp8PerTensor):
-            scale = jnp.asarray(quant.scale, jnp.float32).reshape(1)
+    sizes = {"H": heads, "T": tokens}
+    lse_list = [_lse(op, name, lse, options.lse_layout, stack, sizes) for name, lse in lses.items()]
+    quant, scale = _output_quant(op, options, width)
     out_dtype = dtype if options.out_dtype is None else checks.float_dtype(op, "out_dtype", options.out_dtype)
 
     problem = MergeProblem(
-        states=len(outputs),
+        states=stack[0] if stacked else len(states),
         tokens=tokens,
         heads=heads,
         width=width,
@@ -186,35 +163,57 @@ def _problem(
         lse_layout=options.lse_layout,
         lse_base=options.lse_base,
         context_count=count is not None,
+        stacked=stacked,
     )
-    return problem, MergeArrays(tuple(outputs.values()), tuple(lses.values()), _context_count(op, count, tokens), scale)
+    count = _context_count(op, count, tokens)
+    if stacked:
+        return problem, MergeArrays(states[0], lse_list[0], count, scale)
+    return problem, MergeArrays(tuple(states), tuple(lse_list), count, scale)
 
 
-def _lse(op: str, name: str, lse: Any, shape: tuple[int, int], remedy: str) -> None:
-    fits = getattr(lse, "shape", None) == shape and jnp.dtype(lse.dtype) == jnp.float32
-    if not fits:
-        raise checks.invalid(op, name, checks.describe(lse), f"float32 {list(shape)}", remedy)
+def _lse(op: str, name: str, lse: Any, layout: str, stack: list[int], sizes: dict[str, int]) -> jax.Array:
+    shape, other = ((*stack, *(sizes[axis] for axis in axes)) for axes in (layout, layout[::-1]))
+    remedy = ""
+    if getattr(lse, "shape", None) == other != shape:
+        remedy = f"It looks like [{', '.join(layout[::-1])}]: pass lse_layout={layout[::-1]!r}."
+    return checks.array(op, name, lse, shape, [jnp.float32], remedy)
+
+
+def _output_quant(op: str, options: Options, width: int) -> tuple[Fp8Spec | None, jax.Array | None]:
+    """The spec, and the scale of a per-tensor one as float32 [1]."""
+    quant = options.output_quant
+    if options.output_scale is not None:
+        if quant is not None:
+            raise checks.invalid(op, "output_scale", "given together with output_quant", "one of the two")
+        quant = Fp8PerTensor(checks.scalar(op, "output_scale", options.output_scale))
+    if quant is None:
+        return None, None
+    check_spec(op, "output_quant", quant, width)
+    if options.out_dtype is not None:
+        raise checks.invalid(op, "out_dtype", repr(options.out_dtype), "None beside output_quant")
+    return quant, jnp.asarray(quant.scale, jnp.float32).reshape(1) if isinstance(quant, Fp8PerTensor) else None
 
 
 def _context_count(op: str, count: Any, tokens: int) -> jax.Array | None:
-    """A Python int is checked; a traced count outside 0..T is harmless, because it is only compared."""
+    """A count on the host is checked; one outside 0..T on the device is harmless, because it is only compared."""
     name = "prefill_tokens_with_context"
     if count is None:
         return None
-    integer = isinstance(count, int | np.integer) and not isinstance(count, bool)
-    if integer and not 0 <= count <= tokens:
-        raise checks.invalid(op, name, count, f"0 to T = {tokens}")
-    if not integer and not (
-        checks.is_array(count) and count.size == 1 and jnp.issubdtype(count.dtype, jnp.integer)
-    ):
+    one = checks.is_array(count) and count.size == 1 and jnp.issubdtype(count.dtype, jnp.integer)
+    if isinstance(count, bool) or not (one or isinstance(count, int)):
         raise checks.invalid(op, name, checks.describe(count), "an int or a one-element integer array")
-    return jnp.asarray(count, jnp.int32).reshape(1)
+    if isinstance(count, int | np.ndarray | np.generic):
+        count = int(np.reshape(count, ()))
+        if not 0 <= count <= tokens:
+            raise checks.invalid(op, name, count, f"0 to T = {tokens}")
+        return jnp.full(1, count, jnp.int32)
+    if count.dtype != jnp.int32:
+        count = jnp.clip(count, 0, min(tokens, jnp.iinfo(count.dtype).max))
+    return count.astype(jnp.int32).reshape(1)
 
 
 def _prepare(problem: MergeProblem, arrays: MergeArrays) -> MergeArrays:
-    if problem.stacked:
-        return arrays
-    return arrays._replace(outputs=tuple(map(jnp.asarray, arrays.outputs)), lses=tuple(map(jnp.asarray, arrays.lses)))
+    return arrays
 
 
 def _fold(

@@ -9,7 +9,7 @@ from jax import lax
 
 def monotone(offsets: jax.Array, total: int) -> jax.Array:
     """Clamps offsets to [0, total] and replaces each by the running maximum: a decrease becomes an empty range."""
-    offsets = jnp.clip(offsets.astype(jnp.int32), 0, total)
+    offsets = jnp.clip(offsets, 0, total).astype(jnp.int32)
     return lax.cummax(offsets, axis=0) if offsets.shape[0] else offsets
 
 

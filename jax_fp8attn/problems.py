@@ -86,44 +86,73 @@ class MlaArrays(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class RowForm:
+    """How rows of 512 numbers are stored."""
+
+    dtype: np.dtype  # float8_e4m3fn for Fp8Latent
+    scale_group: int = 0  # 64 or 32 for Fp8Latent
+    scale_dtype: np.dtype | None = None  # float32 or uint8 (E8M0) for Fp8Latent
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolForm:
+    """One pool of ``sparse_prefill``."""
+
+    form: RowForm
+    rows: int
+    entries: int  # capacity of its index array
+
+
+@dataclasses.dataclass(frozen=True)
 class SparseProblem:
-    """``sparse_prefill`` of T tokens over lists of rows of two pools."""
+    """``sparse_prefill`` of T tokens over lists of rows of one or two pools."""
 
     tokens: int
     heads: int
-    prefix_rows: int
-    extend_rows: int
-    prefix_entries: int  # capacity of the index arrays
-    extend_entries: int
-    q_dtype: np.dtype
+    q: RowForm
+    prefix: PoolForm
+    extend: PoolForm | None
     out_dtype: np.dtype
-    q_scale_group: int = 0  # 0: q is no Fp8Latent; else 64 or 32
-    prefix_scale_group: int = 0
-    extend_scale_group: int = 0
-    has_extend: bool = False
     has_sink: bool = False
     return_lse: bool = False
     precision: str = "exact"
+    width: int = 512
     instances: int = 1
+
+
+class SparsePool(NamedTuple):
+    """A pool and the lists over it. List t is indices[start[t]:end[t]]; 0 <= start <= end <= entries; lists may overlap.
+    Indices that are no row of this pool are skipped."""
+
+    rows: Any  # [P, 512] or Fp8Latent
+    indices: jax.Array  # int32 [entries]
+    start: jax.Array  # int32 [T]
+    end: jax.Array  # int32 [T]
 
 
 class SparseArrays(NamedTuple):
     q: Any  # [T, H, 512] or Fp8Latent
-    prefix: Any  # [P, 512] or Fp8Latent
-    prefix_indices: jax.Array  # int32 [entries]
-    prefix_start: jax.Array  # int32 [T]: the list of token t is prefix_indices[start[t]:end[t]]
-    prefix_end: jax.Array
-    extend: Any
-    extend_indices: jax.Array | None
-    extend_start: jax.Array | None
-    extend_end: jax.Array | None
+    prefix: SparsePool
+    extend: SparsePool | None
     softmax_scale: jax.Array  # float32 [instances]
     sink: jax.Array | None  # float32 [instances, H]
 
 
+GDN_CHUNK = 64  # chunks are counted from the first token of each sequence
+
+
+def gdn_max_chunks(tokens: int, sequences: int) -> int:
+    """The most chunks that ``sequences`` ranges of ``tokens`` tokens can have."""
+    used = min(tokens, sequences)
+    return used and used + (tokens - used) // GDN_CHUNK
+
+
 @dataclasses.dataclass(frozen=True)
 class GdnProblem:
-    """``gdn_prefill`` of B sequences packed into T tokens; state heads H = max(Hq, Hv)."""
+    """``gdn_prefill`` of B sequences packed into T tokens; state heads H = max(Hq, Hv).
+
+    ``transition``: no q; the result is (M, N) of each sequence, float32 [B, H, K, K] and [B, H, K, V].
+    """
 
     tokens: int
     sequences: int
@@ -132,30 +161,102 @@ class GdnProblem:
     v_heads: int
     k_width: int
     v_width: int
-    dtype: np.dtype  # of q, k, v and the output
+    dtype: np.dtype  # of q, k and v
+    out_dtype: np.dtype
+    state_dtype: np.dtype  # of the initial state, the final state and the checkpoints
     gate: str = "log"
     qk_l2norm: bool = False
     l2norm_eps: float = 1e-6
     state_layout: str = "vk"
-    state_dtype: np.dtype | None = None  # of the final state
     has_initial_state: bool = False
     return_final_state: bool = True
     checkpoint_every: int = 0
     precision: str = "default"
+    segments: int = 0  # 0: the backend chooses
+    transition: bool = False
     instances: int = 1
 
     @property
     def heads(self) -> int:
         return max(self.q_heads, self.v_heads)
 
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """One sequence's state as it is stored."""
+        widths = (self.v_width, self.k_width) if self.state_layout == "vk" else (self.k_width, self.v_width)
+        return (self.heads, *widths)
+
+    @property
+    def max_chunks(self) -> int:
+        return gdn_max_chunks(self.tokens, self.sequences)
+
+    @property
+    def checkpoints(self) -> int:
+        """Rows of the checkpoint buffer: T // checkpoint_every for each instance."""
+        if not self.checkpoint_every:
+            return 0
+        return self.instances * (self.tokens // self.instances // self.checkpoint_every)
+
 
 class GdnArrays(NamedTuple):
-    q: jax.Array  # [T, Hq, K]
+    q: jax.Array | None  # [T, Hq, K]
     k: jax.Array  # [T, Hk, K]
     v: jax.Array  # [T, Hv, V]
     g: jax.Array  # float32 [T, H]
     beta: jax.Array  # float32 [T, H]
     start: jax.Array  # int32 [B]: first token and length of each sequence, disjoint and ascending
     length: jax.Array
-    initial_state: jax.Array | None  # [B, H, V, K] or [B, H, K, V]
+    chunk_sequence: jax.Array  # int32 [max_chunks]: the sequence of each chunk, ascending; -1 past the last
+    chunk_index: jax.Array  # int32 [max_chunks]: the chunk's number within its sequence
+    initial_state: jax.Array | None  # [B, *state_shape]
+    scale: jax.Array  # float32 [instances]
+
+
+@dataclasses.dataclass(frozen=True)
+class GdnPoolProblem:
+    """``gdn_prefill_pool``: packed qkv, gates computed inside, states in rows of a pool."""
+
+    tokens: int
+    sequences: int
+    q_heads: int
+    k_heads: int
+    v_heads: int
+    k_width: int
+    v_width: int
+    pool_rows: int
+    dtype: np.dtype  # of qkv
+    out_dtype: np.dtype
+    state_dtype: np.dtype  # of the pool and the checkpoints
+    qk_l2norm: bool = True
+    l2norm_eps: float = 1e-6
+    state_layout: str = "vk"
+    checkpoint_every: int = 0
+    checkpoints_to_pool: bool = False  # rows checkpoint_slots of the pool instead of a buffer of their own
+    precision: str = "default"
+    segments: int = 0
+    instances: int = 1
+
+    @property
+    def split(self) -> GdnProblem:
+        """The same call on q, k, v, gates and gathered states."""
+        facts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for name in ("pool_rows", "checkpoints_to_pool"):
+            del facts[name]
+        return GdnProblem(**facts, has_initial_state=True)
+
+
+class GdnPoolArrays(NamedTuple):
+    qkv: jax.Array  # [T, Hq*K + Hk*K + Hv*V]
+    a: jax.Array  # [T, H]
+    b: jax.Array  # [T, H]
+    A_log: jax.Array  # float32 [instances, H]
+    dt_bias: jax.Array  # float32 [instances, H]
+    pool: jax.Array  # [P, *state_shape]
+    slots: jax.Array  # int32 [B]: the pool row to start from; -1: none, start from zero
+    write_slots: jax.Array  # int32 [B]: the pool row of the final state; -1: none
+    checkpoint_slots: jax.Array | None  # int32 [checkpoints]; -1: none
+    start: jax.Array  # int32 [B] and so on: as in GdnArrays
+    length: jax.Array
+    chunk_sequence: jax.Array
+    chunk_index: jax.Array
     scale: jax.Array  # float32 [instances]

@@ -6,14 +6,18 @@ dequantised = stored * scale, everywhere. Scale layouts are described byte by by
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_fp8attn.errors import InvalidInputError
+from jax_fp8attn.errors import InvalidInputError, UnsupportedError
 
 ScaleFormat = Literal["float32", "ue8m0"]
 ScaleLayout = Literal["row", "col", "col_tma", "col_tma_packed"]
@@ -55,8 +59,6 @@ def ue8m0_value(byte: jax.Array) -> jax.Array:
 def round_up_to_power_of_two(x: jax.Array) -> jax.Array:
     """Smallest power of two >= x, exact by exponent bits, clamped to UE8M0's finite range."""
     return lax.bitcast_convert_type(ue8m0_byte(x) << 23, jnp.float32)
-
-
 
 
 @jax.tree_util.register_dataclass
@@ -111,8 +113,9 @@ class Fp8PerGroup:
                 f"Fp8PerGroup: scale_layout is {self.scale_layout!r}; "
                 "expected 'row', 'col', 'col_tma' or 'col_tma_packed'."
             )
-        if not (isinstance(self.eps, float) and 0 < self.eps < 3e38):
-            raise InvalidInputError(f"Fp8PerGroup: eps is {self.eps!r}; expected a positive finite float.")
+        # below 1e-30 the scale of a zero group would be subnormal, and 0/0 after flushing
+        if not (isinstance(self.eps, float) and 1e-30 <= self.eps <= 1e30):
+            raise InvalidInputError(f"Fp8PerGroup: eps is {self.eps!r}; expected a float from 1e-30 to 1e30.")
         if self.scale_layout == "col_tma_packed":
             if self.scale_format != "ue8m0":
                 raise InvalidInputError(
@@ -155,12 +158,13 @@ Fp8Spec = Fp8PerTensor | Fp8PerGroup
 
 
 def _fp8_dtype(name: str, dtype: Any) -> np.dtype:
-    dtype = jnp.dtype(dtype)
-    if dtype not in FP8_MAX:
-        raise InvalidInputError(f"{name} is {dtype}; expected float8_e4m3fn or float8_e4m3fnuz.")
-    return dtype
-
-
+    try:
+        known = jnp.dtype(dtype)
+    except TypeError:
+        known = None
+    if known not in FP8_MAX:
+        raise InvalidInputError(f"{name} is {dtype!r}; expected float8_e4m3fn or float8_e4m3fnuz.")
+    return known
 
 
 @jax.tree_util.register_dataclass
@@ -194,19 +198,21 @@ class Fp8Array:
         return self.scales.shape[: self.scales.ndim - rank]
 
     @property
+    def width(self) -> int:
+        """K = H*D: the columns of ``flat``."""
+        shape = self.values.shape[len(self._batch_shape) :]
+        return math.prod(shape[-2:]) if len(shape) > 2 else shape[-1]
+
+    @property
     def flat(self) -> jax.Array:
         """The codes as [T, H*D]: the left operand of the next matrix product."""
-        lead = self._batch_shape
-        width = self.values.size // max(1, self.num_tokens * int(np.prod(lead)))
-        if not self.values.size:
-            width = int(np.prod(self.values.shape[len(lead) + 1 :]))
-        return self.values.reshape(*lead, self.num_tokens, width)
+        return self.values.reshape(*self._batch_shape, self.num_tokens, self.width)
 
     @property
     def num_groups(self) -> int:
         if isinstance(self.spec, Fp8PerTensor):
             return 1
-        return self.flat.shape[-1] // self.spec.group_size
+        return self.width // self.spec.group_size
 
     def scales_2d(self) -> jax.Array:
         """Logical float32 scales [T, G] whatever the layout; [1, 1] for one scale a tensor."""
@@ -231,31 +237,73 @@ class Fp8Array:
         return QArray(qvalue=self.flat, scale=self.scales_2d(), zero_point=None, qtype=self.values.dtype)
 
 
+def _spec_fields(spec: Fp8Spec) -> dict[str, Any]:
+    return dataclasses.asdict(spec) if isinstance(spec, Fp8PerGroup) else {"dtype": spec.dtype.name}
+
+
+def _spec_from_fields(fields: dict[str, Any]) -> Fp8Spec:
+    return Fp8PerTensor(None, **fields) if "dtype" in fields else Fp8PerGroup(**fields)
+
+
+def _serializable(node: type, encode: Callable[[Any], Any], decode: Callable[[Any], Any]) -> None:
+    """Lets ``jax.export`` serialise functions that take or return ``node``: its static fields as JSON."""
+    jax.export.register_pytree_node_serialization(
+        node,
+        serialized_name=f"jax_fp8attn.{node.__name__}",
+        serialize_auxdata=lambda static: json.dumps(encode(static)).encode(),
+        deserialize_auxdata=lambda text: decode(json.loads(text)),
+    )
+
+
+_serializable(Fp8PerTensor, lambda static: static[0].name, lambda name: (jnp.dtype(name),))
+_serializable(Fp8PerGroup, _spec_fields, _spec_from_fields)
+_serializable(
+    Fp8Array,
+    lambda static: [_spec_fields(static[0]), static[1]],
+    lambda fields: (_spec_from_fields(fields[0]), fields[1]),
+)
 
 
 def pack_ue8m0(scales: jax.Array) -> jax.Array:
-    """Powers of two [T, G] -> int32 [ceil(G/4), align4(T)]; group 4w in the low byte of word w, padding 0."""
+    """Powers of two [T, G] -> int32 [ceil(G/4), align4(T)]; group 4w in the low byte of word w, padding 0.
+
+    Only the exponent bits are kept: round first (``round_up_to_power_of_two``).
+    """
+    _check_scales("pack_ue8m0", "scales", scales, jnp.float32, "T, G")
     tokens, groups = scales.shape[-2:]
-    byte = lax.bitcast_convert_type(scales.astype(jnp.float32), jnp.int32) >> 23 & 0xFF
+    byte = lax.bitcast_convert_type(jnp.asarray(scales), jnp.int32) >> 23 & 0xFF
     pad = [(0, 0)] * (scales.ndim - 2) + [(0, align4(tokens) - tokens), (0, align4(groups) - groups)]
     byte = jnp.pad(byte, pad)
-    byte = byte.reshape(*byte.shape[:-1], -1, 4)  # [T4, W, 4]
+    byte = byte.reshape(*byte.shape[:-1], byte.shape[-1] // 4, 4)  # [T4, W, 4]
     word = byte[..., 0] | byte[..., 1] << 8 | byte[..., 2] << 16 | byte[..., 3] << 24
     return jnp.swapaxes(word, -1, -2)
 
 
 def unpack_ue8m0(words: jax.Array, num_tokens: int, num_groups: int) -> jax.Array:
     """int32 [ceil(G/4), align4(T)] -> float32 powers of two [T, G]."""
-    words = jnp.swapaxes(words, -1, -2)[..., :num_tokens, :]  # [T, W]
+    _check_scales("unpack_ue8m0", "words", words, jnp.int32, "ceil(G/4), align4(T)")
+    if words.shape[-2:] != (-(-num_groups // 4), align4(num_tokens)):
+        raise InvalidInputError(
+            f"unpack_ue8m0: words is int32{list(words.shape)}; expected "
+            f"{[-(-num_groups // 4), align4(num_tokens)]} for {num_tokens} tokens and {num_groups} groups."
+        )
+    words = jnp.swapaxes(jnp.asarray(words), -1, -2)[..., :num_tokens, :]  # [T, W]
     byte = words[..., None] >> jnp.arange(0, 32, 8, dtype=jnp.int32) & 0xFF
-    return ue8m0_value(byte.reshape(*words.shape[:-1], -1)[..., :num_groups])
+    return ue8m0_value(byte.reshape(*words.shape[:-1], words.shape[-1] * 4)[..., :num_groups])
 
 
 def to_mn_major_tma_aligned(scales: jax.Array) -> jax.Array:
     """float32 [T, G] -> [G, align4(T)] with zero padding: DeepGEMM's layout step."""
+    _check_scales("to_mn_major_tma_aligned", "scales", scales, jnp.float32, "T, G")
     tokens = scales.shape[-2]
     pad = [(0, 0)] * (scales.ndim - 1) + [(0, align4(tokens) - tokens)]
     return jnp.pad(jnp.swapaxes(scales, -1, -2), pad)
+
+
+def _check_scales(op: str, argument: str, x: Any, dtype: Any, axes: str) -> None:
+    if not isinstance(x, jax.Array | np.ndarray) or x.ndim < 2 or x.dtype != dtype:
+        came = f"{x.dtype}{list(x.shape)}" if isinstance(x, jax.Array | np.ndarray) else f"a {type(x).__name__}"
+        raise InvalidInputError(f"{op}: {argument} is {came}; expected {jnp.dtype(dtype).name} [{axes}].")
 
 
 def physical_scales(scales: jax.Array, spec: Fp8PerGroup) -> jax.Array:
@@ -279,27 +327,29 @@ def logical_scales(buffer: jax.Array, spec: Fp8PerGroup, num_tokens: int, num_gr
 
 
 def split_tokens(array: Fp8Array, parts: int) -> Fp8Array:
-    """Cuts the token axis of a folded result into ``parts`` equal instances (leading axis), each with its own padding."""
+    """Cuts the token axis of a folded result into ``parts`` equal instances (leading axis), each with its padding."""
     tokens = array.num_tokens // parts
     values = array.values.reshape(parts, tokens, *array.values.shape[1:])
     if isinstance(array.spec, Fp8PerTensor):
-        scales = jnp.broadcast_to(array.scales, (parts,))
+        inner = array.scales.size // parts  # above 1: the instances of an inner fold have their own scales
+        shape = (parts, inner) if inner > 1 else (parts,)
+        scales = array.scales.reshape(shape) if inner else jnp.broadcast_to(array.scales, shape)
     elif array.spec.scale_layout == "row":
-        scales = array.scales.reshape(parts, tokens, -1)
+        scales = array.scales.reshape(parts, tokens, array.scales.shape[1])
     else:
-        columns = array.scales[:, : array.num_tokens].reshape(-1, parts, tokens)
+        rows = array.scales.shape[0]
+        columns = array.scales[:, : array.num_tokens].reshape(rows, parts, tokens)
         padding = array.spec.scale_shape(tokens, 4)[1] - tokens
         scales = jnp.moveaxis(jnp.pad(columns, ((0, 0), (0, 0), (0, padding))), 1, 0)
     return Fp8Array(values, scales, array.spec, tokens)
-
-
 
 
 def group_scales(x: jax.Array, spec: Fp8PerGroup) -> jax.Array:
     """float32 scales [T, G] of x [T, G, g]. Only finite elements count; NaN and inf leave the scale alone."""
     magnitude = jnp.where(jnp.isfinite(x), jnp.abs(x), 0.0)
     amax = jnp.maximum(jnp.max(magnitude, axis=-1), spec.eps).astype(jnp.float32)
-    scales = amax / jnp.float32(FP8_MAX[E4M3])
+    # a reciprocal, as XLA makes of amax/448 under jit: the same bits in eager mode; the UE8M0 byte is exact either way
+    scales = amax * np.float32(1 / FP8_MAX[E4M3])
     if spec.scale_format == "ue8m0":
         scales = round_up_to_power_of_two(jnp.maximum(scales, SCALE_FLOOR))
     return scales
@@ -308,28 +358,46 @@ def group_scales(x: jax.Array, spec: Fp8PerGroup) -> jax.Array:
 def quantize_fp8(x: jax.Array, spec: Fp8Spec) -> Fp8Array:
     """Quantises x to e4m3.
 
-    x     [T, K] or [T, H, D], any float dtype; computed in float32.
+    x     [T, K] or [T, H, D] bf16, f16, f32 or f64; computed in float32.
     spec  Fp8PerTensor(scale): code = e4m3(clamp(x * (1/scale), +-448)), one reciprocal.
           Fp8PerGroup(...): groups of ``group_size`` consecutive columns of [T, H*D]; D (or K) must be a multiple.
     NaN becomes code 0x7F; values beyond the range and +-inf saturate; in a group they do not touch the scale.
     An all-zero group has codes 0 and scale eps/448 (UE8M0: 2^-33, byte 0x5E for eps 1e-10).
-    A zero, negative, infinite or NaN per-tensor scale follows IEEE arithmetic and is not checked on the device.
+    A zero, negative, infinite or NaN per-tensor scale follows IEEE arithmetic and is not checked on the device:
+    0 gives +-448 (NaN for x = 0), a negative one flips signs, inf gives 0 (NaN for x = +-inf), NaN gives NaN.
+    T = 0 or K = 0: empty results. jit, vmap, scan and shard_map work as for any jax.numpy code, and every instance
+    of a vmap has its own scales with their own padding. No derivative.
     """
-    x = jnp.asarray(x)
-    if x.ndim not in (2, 3) or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise InvalidInputError(
-            f"quantize_fp8: x is {x.dtype}{list(x.shape)}; expected a float array [T, K] or [T, H, D]."
-        )
-    check_spec("quantize_fp8", "spec", spec, x.shape[-1])
+    op = "quantize_fp8"
+    dtypes = [jnp.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)]
+    if not isinstance(x, jax.Array | np.ndarray):
+        raise InvalidInputError(f"{op}: x is a {type(x).__name__}; expected a float array [T, K] or [T, H, D].")
+    if x.ndim not in (2, 3) or x.dtype not in dtypes:
+        raise InvalidInputError(f"{op}: x is {x.dtype}{list(x.shape)}; expected a float array [T, K] or [T, H, D].")
+    check_spec(op, "spec", spec, x.shape[-1])
     if isinstance(spec, Fp8PerTensor):
-        return quantize_per_tensor(x, spec)
-    return quantize_per_group(x, spec)
+        x, scale = _forward_only((jnp.asarray(x), jnp.asarray(spec.scale, jnp.float32)))
+        return quantize_per_tensor(x, Fp8PerTensor(scale, spec.dtype))
+    return quantize_per_group(_forward_only(jnp.asarray(x)), spec)
+
+
+@jax.custom_jvp
+def _forward_only(x: Any) -> Any:
+    return x
+
+
+@_forward_only.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    raise UnsupportedError(
+        "quantize_fp8 has no derivative: it is a forward-only op. Use jax.lax.stop_gradient around its inputs, "
+        "or a straight-through estimator of your own."
+    )
 
 
 def check_spec(op: str, argument: str, spec: Any, width: int) -> None:
     """Refuses what is no spec, a per-tensor scale of several elements, and groups that would straddle heads."""
     if isinstance(spec, Fp8PerTensor):
-        if np.size(spec.scale) != 1 or not np.issubdtype(jnp.result_type(spec.scale), np.number):
+        if not _is_one_number(spec.scale):
             raise InvalidInputError(
                 f"{op}: {argument}.scale is {spec.scale!r}; expected one number (0-d, (1,) or (1,1)). "
                 "For one scale a group pass Fp8PerGroup."
@@ -341,6 +409,14 @@ def check_spec(op: str, argument: str, spec: Any, width: int) -> None:
             f"{op}: {argument}.group_size is {spec.group_size}, and the last axis has {width} columns; "
             "expected a multiple of the group size. Choose a smaller group or Fp8PerTensor."
         )
+
+
+def _is_one_number(x: Any) -> bool:
+    if isinstance(x, int | float):
+        return not isinstance(x, bool)
+    if not isinstance(x, jax.Array | np.ndarray | np.generic):
+        return False
+    return x.size == 1 and (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer))
 
 
 def quantize_per_tensor(x: jax.Array, spec: Fp8PerTensor) -> Fp8Array:
@@ -372,7 +448,7 @@ def quantize_output(x: jax.Array, spec: Fp8Spec | None, scale: Any, dtype: Any) 
 
 
 def to_stored(x: jax.Array, scale: Any) -> jax.Array:
-    """An operand as the FP8 kernels see it: FP8 codes are taken as they are, other floats are divided by scale and cast."""
+    """An operand as the FP8 kernels see it: FP8 codes as they are, other floats divided by scale and cast."""
     if x.dtype in FP8_MAX:
         return x
     return cast_fp8(x.astype(jnp.float32) / jnp.asarray(scale, jnp.float32))

@@ -14,7 +14,8 @@ import numpy as np
 
 
 def as_float64(x: Any) -> np.ndarray:
-    return np.asarray(jnp.asarray(x).astype(jnp.float32) if jnp.asarray(x).dtype != jnp.float64 else x, np.float64)
+    """Any array as numpy float64, without a detour through float32."""
+    return np.asarray(x).astype(np.float64)
 
 
 def assert_same_nonfinite(actual: Any, expected: Any, what: str = "result") -> None:
@@ -41,14 +42,17 @@ def row_relative_l2(actual: Any, expected: Any) -> np.ndarray:
     return np.where(size > 0, difference / np.where(size > 0, size, 1), difference)
 
 
-def assert_rows_close(actual: Any, expected: Any, worst: float, overall: float | None = None, what: str = "out") -> float:
-    """Same non-finite positions, and row-relative L2 error within ``worst`` for each row and ``overall`` for the tensor."""
+def assert_rows_close(
+    actual: Any, expected: Any, worst: float, overall: float | None = None, what: str = "out"
+) -> float:
+    """Same non-finite positions, and relative L2 error within ``worst`` for each row and ``overall`` for the tensor."""
     assert_same_nonfinite(actual, expected, what)
     errors = row_relative_l2(actual, expected)
     if not errors.size:
         return 0.0
     where = np.unravel_index(int(np.argmax(errors)), errors.shape)
-    assert errors[where] <= worst, f"{what}: row {list(map(int, where))} is off by {errors[where]:.3g}, bound {worst:.3g}"
+    row = list(map(int, where))
+    assert errors[where] <= worst, f"{what}: row {row} is off by {errors[where]:.3g}, bound {worst:.3g}"
     if overall is not None:
         total = relative_error(actual, expected)
         assert total <= overall, f"{what}: relative error {total:.3g}, bound {overall:.3g}"
@@ -86,7 +90,10 @@ def assert_lse_close(actual: Any, expected: Any, atol: float = 1e-5, rtol: float
 
 
 def fp8_bytes(x: Any) -> np.ndarray:
-    return np.asarray(jax.lax.bitcast_convert_type(jnp.asarray(x), jnp.uint8))
+    """e4m3 codes (or their bytes) as uint8."""
+    x = np.asarray(x)
+    assert x.dtype in (np.uint8, jnp.float8_e4m3fn), f"codes are {x.dtype}, expected float8_e4m3fn or uint8"
+    return x.view(np.uint8)
 
 
 def fp8_ulps(actual: Any, expected: Any) -> np.ndarray:
@@ -125,7 +132,8 @@ def assert_bitwise_equal(actual: Any, expected: Any, what: str = "result") -> No
     assert tree_a == tree_e, f"{what}: structure {tree_a}, expected {tree_e}"
     for number, (a, e) in enumerate(zip(flat_a, flat_e, strict=True)):
         a, e = np.ascontiguousarray(np.asarray(a)), np.ascontiguousarray(np.asarray(e))
-        assert a.shape == e.shape and a.dtype == e.dtype, f"{what}: leaf {number} is {a.dtype}{a.shape}, expected {e.dtype}{e.shape}"
+        alike = a.shape == e.shape and a.dtype == e.dtype
+        assert alike, f"{what}: leaf {number} is {a.dtype}{a.shape}, expected {e.dtype}{e.shape}"
         if not a.size:
             continue
         differ = np.atleast_1d(a).view(np.uint8) != np.atleast_1d(e).view(np.uint8)
@@ -141,8 +149,9 @@ def assert_bitwise_equal(actual: Any, expected: Any, what: str = "result") -> No
 def assert_within_emulated(
     actual: Any, emulated: Any, exact: Any, factor: float = 2.0, rounding: float = 0.0, what: str = "out"
 ) -> float:
-    """The error of ``actual`` is at most ``factor`` times that of the emulated reference, plus ``rounding`` (relative)."""
+    """The error of ``actual`` is at most ``factor`` times the emulated reference's plus ``rounding`` (relative)."""
     assert_same_nonfinite(actual, exact, what)
     error, allowed = relative_error(actual, exact), factor * relative_error(emulated, exact) + rounding
-    assert error <= allowed, f"{what}: relative error {error:.3g}, bound {allowed:.3g} ({factor} x the emulated reference)"
+    bound = f"bound {allowed:.3g} ({factor} x the emulated reference)"
+    assert error <= allowed, f"{what}: relative error {error:.3g}, {bound}"
     return error

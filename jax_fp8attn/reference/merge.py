@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -26,27 +27,27 @@ def run(problem: Any, arrays: Any) -> Any:
 def merge(problem: Any, arrays: Any) -> tuple[jax.Array, jax.Array]:
     """The unrounded result [T, H, D] and its lse, in the layout and base of the call."""
     dtype = exact_float()
-    ln2 = math.log(2.0)
+    unit = math.log(2.0) if problem.lse_base == "2" else 1.0
     outputs = jnp.stack([o.astype(dtype) for o in arrays.outputs])  # [N, T, H, D]
     lses = jnp.stack([s.astype(dtype) for s in arrays.lses])
     if problem.lse_layout == "HT":
         lses = jnp.swapaxes(lses, 1, 2)  # [N, T, H]
-    if problem.lse_base == "2":
-        lses = lses * ln2
     lses = jnp.where(lses == jnp.inf, -jnp.inf, lses)
     if problem.context_count:
         per_instance = problem.tokens // problem.instances
         token = jnp.arange(problem.tokens)
-        without = token % per_instance >= arrays.context_count[token // per_instance]
+        without = token % max(per_instance, 1) >= arrays.context_count[token // max(per_instance, 1)]
         lses = lses.at[:-1].set(jnp.where(without[None, :, None], -jnp.inf, lses[:-1]))
     empty = jnp.all(lses == -jnp.inf, axis=0)
-    lse = jax.scipy.special.logsumexp(lses, axis=0)
-    share = jnp.where(empty, 0.0, jnp.exp(lses - jnp.where(empty, 0.0, lse)))
+    top = jnp.where(empty, 0.0, jnp.max(lses, axis=0))
+    gap = (lses - top) * unit
+    lse = jnp.where(empty, -jnp.inf, jax.scipy.special.logsumexp(gap, axis=0) / unit + top)
+    share = jnp.where(empty, 0.0, jax.nn.softmax(gap, axis=0))
     if problem.context_count:
-        share = share.at[-1].set(jnp.where(without[:, None], 1.0, share[-1]))
+        last = jnp.arange(len(lses))[:, None, None] == len(lses) - 1
+        share = jnp.where(without[None, :, None], last.astype(dtype), share)
     share = share[..., None]
-    out = jnp.sum(jnp.where(share == 0, 0.0, share * outputs), axis=0)
-    lse = jnp.where(empty, -jnp.inf, lse)
-    if problem.lse_base == "2":
-        lse = lse / ln2
+    # a share below the smallest normal float32 is none; -0.0 + x is x for every x
+    terms = jnp.where(share < 2.0**-126, -0.0, share * outputs)
+    out = jnp.where(jnp.sum(share, axis=0) == 0, 0.0, functools.reduce(jnp.add, terms))
     return out, lse.T if problem.lse_layout == "HT" else lse

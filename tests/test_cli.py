@@ -1,0 +1,94 @@
+"""The command line, as a user calls it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from jax_fp8attn import cli
+from jax_fp8attn.cli import layers, show
+
+
+def run(*arguments, **environment):
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | environment
+    return subprocess.run(
+        [sys.executable, "-m", "jax_fp8attn", *arguments], capture_output=True, text=True, env=env, timeout=300
+    )
+
+
+def test_demo_passes_and_says_what_ran(capsys):
+    """Every layer within its bounds, exit status 0, implementations and reasons named."""
+    assert cli.main(["demo", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["passed"] and [layer["passed"] for layer in report["layers"]] == [True] * 3
+    for layer in report["layers"]:
+        assert set(layer["implementations"].values()) == {"xla"}
+        assert any("pallas" in refusals for refusals in layer["refusals"].values())
+        assert all(check["error"] <= check["bound"] for check in layer["checks"]) and len(layer["checks"]) >= 2
+        assert layer["first_call_seconds"] > 0 and layer["seconds"] > 0
+
+
+@pytest.mark.parametrize("name", sorted(layers.LAYERS))
+def test_demo_fails_on_a_wrong_result(name, capsys, monkeypatch):
+    """A planted fault in the result turns the exit status to 1."""
+    right = layers.LAYERS[name].step
+    wrong = lambda self: jax.tree.map(lambda x: x[::-1] if x.ndim > 2 else x, right(self))
+    monkeypatch.setattr(layers.LAYERS[name], "step", wrong)
+    assert cli.main(["demo", "--layer", name]) == 1
+    text = capsys.readouterr().out
+    assert "BROKEN" in text and "all bounds hold" not in text
+
+
+def test_demo_text_is_plain_when_piped(capsys):
+    assert cli.main(["demo", "--layer", "sparse"]) == 0
+    captured = capsys.readouterr()
+    assert "\x1b" not in captured.out + captured.err and "all bounds hold" in captured.out
+    assert "xla taken" in captured.out and "against the oracle" in captured.out
+
+
+def test_env_prints_from_an_allow_list():
+    """No secret of the environment is shown; what is missing is said."""
+    result = run("env", JAX_FP8ATTN_FP8_PREFILL="0", SECRET_TOKEN="hunter2")
+    assert result.returncode == 0 and "hunter2" not in result.stdout and "SECRET_TOKEN" not in result.stdout
+    assert f"{jax.__version__}" in result.stdout and "JAX_FP8ATTN_FP8_PREFILL=0" in result.stdout
+    facts = json.loads(run("env", "--json", SECRET_TOKEN="hunter2").stdout)
+    assert facts["packages"]["jax"] == jax.__version__ and facts["packages"]["flashinfer-python"] is None
+    assert facts["implementations"]["mla_prefill"]["xla"] == "available" and "hunter2" not in json.dumps(facts)
+
+
+@pytest.mark.parametrize("op", ["mla_prefill", "merge_attn_states", "sparse_prefill_topk", "gdn_prefill"])
+def test_explain(op, capsys):
+    assert cli.main(["explain", op, "--tokens", "128", "--heads", "8"]) == 0
+    text = capsys.readouterr().out
+    assert "xla        taken" in text and "pallas" in text
+    assert cli.main(["explain", op, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["implementations"]
+    assert [row["name"] for row in rows if row["taken"]] == ["xla"]
+    assert all(row["reasons"] for row in rows if row["name"] not in ("xla", "reference"))
+
+
+def test_explain_fp8_output(capsys):
+    assert cli.main(["explain", "mla_prefill", "--fp8-output"]) == 0
+    assert "separate pass" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["nonsense"], ["explain"], ["explain", "nonsense"], ["demo", "--layer", "x"]]
+)
+def test_bad_command_lines(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2 and "usage:" in capsys.readouterr().err
+
+
+def test_module_runs_as_a_program():
+    assert run("explain", "merge_attn_states").returncode == 0
+    assert run("nonsense").returncode == 2
+
+
+def test_show():
+    assert show.table(("a", "bb"), [("1", "2"), ("333", "4")]) == "a    bb\n---  --\n1    2\n333  4"
+    assert [show.duration(s) for s in (2.5, 0.0025, 2.5e-6, 2.5e-8)] == ["2.5 s", "2.5 ms", "2.5 us", "0.025 us"]
