@@ -1,7 +1,7 @@
 """Peak memory and time of ``gdn_prefill`` at a real size, inputs included; prints one line of JSON.
 
-Exit status 1 if the peak passes the limit or the first head is off. Every run is one process, so that the peak is its own.
-"""
+Exit status 1 if the peak passes the limit or the first head is off. Every run is one process, so that the peak is its
+own."""
 
 from __future__ import annotations
 
@@ -88,9 +88,7 @@ def arguments(options: argparse.Namespace) -> tuple[jax.Array, ...]:
     return q, k, v, g, jax.nn.sigmoid(jax.random.normal(keys[4], gates))
 
 
-def first_head_error(
-    tensors: tuple[jax.Array, ...], cu_seqlens: jax.Array, out: jax.Array, state: jax.Array
-) -> float:
+def first_head_error(tensors: tuple[jax.Array, ...], cu_seqlens: jax.Array, out: jax.Array, state: jax.Array) -> float:
     """The larger relative error of head 0's output and of its final states, against the recurrence in float64."""
     q, k, v, g, beta = (np.asarray(x[:, 0], np.float64) for x in tensors)
     q, k = (x / np.sqrt((x * x).sum(-1, keepdims=True) + 1e-6) for x in (q, k))

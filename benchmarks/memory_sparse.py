@@ -1,6 +1,6 @@
 """Peak memory and time of ``sparse_prefill`` at a real size, inputs included; prints one line of JSON.
 
-Exit status 1 if the peak passes the limit or sampled tokens are off. Every run is one process, so that the peak is its own.
+Exit status 1 if the peak passes the limit or sampled tokens are off. One process a run, so that the peak is its own.
 """
 
 from __future__ import annotations

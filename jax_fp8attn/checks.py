@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_fp8attn.errors import InvalidInputError
+from jax_fp8attn.offsets import owner, ranges
 
 
 def invalid(op: str, argument: str, got: Any, expected: str, remedy: str = "") -> InvalidInputError:
@@ -133,7 +134,8 @@ def mla_prefill(
     op = "mla_prefill"
     offsets(op, "cu_seqlens_q", cu_seqlens_q, q.shape[0])
     offsets(op, "cu_seqlens_k", cu_seqlens_k, v.shape[0])
-    for name, value in (("softmax_scale", softmax_scale), ("q_scale", q_scale), ("k_scale", k_scale), ("v_scale", v_scale)):
+    scales = {"softmax_scale": softmax_scale, "q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
+    for name, value in scales.items():
         scale(op, name, value)
 
 
@@ -258,3 +260,77 @@ def _bad_latent_scale(scale: Any) -> jax.Array:
         return jax.lax.bitcast_convert_type(scale, jnp.uint8) == 255
     bits = jax.lax.bitcast_convert_type(scale, jnp.int32)
     return (bits <= 0) | (bits >= 0x7F800000)
+
+
+def gdn_prefill(
+    q: Any,
+    k: Any,
+    v: Any,
+    g: Any,
+    beta: Any,
+    *,
+    cu_seqlens: Any = None,
+    gate: str = "log",
+    **options: Any,
+) -> None:
+    """The value checks of ``gdn_prefill``: offsets in order and in range, and the gates of every sequence's tokens
+    g <= 0, or 0 <= g <= 1 for gate "alpha". Gates outside every sequence are not looked at."""
+    op = "gdn_prefill"
+    g = jnp.asarray(g)
+    bad = ~(g <= 0) if gate == "log" else ~((g >= 0) & (g <= 1))
+    if cu_seqlens is not None:
+        offsets(op, "cu_seqlens", cu_seqlens, g.shape[0])
+        inside = owner(*ranges(jnp.asarray(cu_seqlens), g.shape[0]), g.shape[0]) >= 0
+        bad = bad & inside[:, None]
+    expected = "at most 0" if gate == "log" else "from 0 to 1"
+    report(op, "g", bad, f"is not {expected} (gate={gate!r})")
+
+
+def gdn_prefill_pool(
+    qkv: Any,
+    a: Any,
+    b: Any,
+    A_log: Any,
+    dt_bias: Any,
+    pool: Any,
+    slots: Any,
+    has_initial_state: Any,
+    *,
+    cu_seqlens: Any,
+    checkpoint_every: int = 0,
+    checkpoint_slots: Any = None,
+    write_slots: Any = None,
+    **options: Any,
+) -> None:
+    """The value checks of ``gdn_prefill_pool``: offsets in order and in range; every slot -1 or a row of the pool; no
+    row written twice, and none written that another sequence starts from."""
+    op, rows = "gdn_prefill_pool", pool.shape[0]
+    offsets(op, "cu_seqlens", cu_seqlens, qkv.shape[0])
+    slots = jnp.asarray(slots)
+    targets = slots if write_slots is None else jnp.asarray(write_slots)
+    name = "slots" if write_slots is None else "write_slots"
+    for argument, x in {"slots": slots, name: targets}.items():
+        report(op, argument, (x < -1) | (x >= rows), f"is neither -1 nor one of the {rows} rows of the pool")
+    report(op, name, _repeated(targets), "is written by an earlier sequence, too")
+    sources = jnp.where(jnp.asarray(has_initial_state).astype(bool), slots, -1)
+    others = ~jnp.eye(slots.shape[0], dtype=bool)
+    taken = jnp.any((targets[:, None] == sources) & (sources >= 0) & others, axis=1)
+    report(op, name, taken, "is a row that another sequence starts from")
+    if checkpoint_slots is None or not checkpoint_every:
+        return
+    _, length = ranges(jnp.asarray(cu_seqlens), qkv.shape[0])
+    checkpoint_slots = jnp.asarray(checkpoint_slots)
+    used = jnp.arange(checkpoint_slots.shape[0]) < jnp.sum(length // checkpoint_every)
+    checkpoint_slots = jnp.where(used, checkpoint_slots, -1)
+    name, outside = "checkpoint_slots", (checkpoint_slots < -1) | (checkpoint_slots >= rows)
+    report(op, name, outside, f"is neither -1 nor one of the {rows} rows of the pool")
+    report(op, name, _repeated(checkpoint_slots), "is written by an earlier checkpoint, too")
+    both = jnp.concatenate([targets, sources])
+    taken = jnp.any((checkpoint_slots[:, None] == both) & (both >= 0), axis=1)
+    report(op, name, taken, "is a row that a sequence starts from or ends in")
+
+
+def _repeated(slots: jax.Array) -> jax.Array:
+    """bool [n]: a slot that is no padding and stands earlier in the list, too."""
+    earlier = jnp.tril(jnp.ones((slots.shape[0], slots.shape[0]), bool), -1)
+    return jnp.any((slots[:, None] == slots) & earlier, axis=1) & (slots >= 0)

@@ -254,8 +254,9 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     op: the name of a public op. The arguments are the op's own; ``jax.ShapeDtypeStruct`` stands for an array.
     Nothing is computed. ``print(explain(...))`` shows a table; ``.rows`` and ``.taken`` hold the facts.
     """
-    function = getattr(importlib.import_module("jax_fp8attn"), op, None)
-    if op not in EXPLAINABLE or function is None:
+    known = isinstance(op, str) and op in EXPLAINABLE
+    function = getattr(importlib.import_module("jax_fp8attn"), op, None) if known else None
+    if function is None:
         raise InvalidInputError(f"explain: op is {op!r}; expected one of {sorted(EXPLAINABLE)}.")
     leaves, tree = jax.tree.flatten((args, kwargs))
     # numbers stay static, and so do dtypes: numpy's classes have a shape, too

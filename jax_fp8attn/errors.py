@@ -15,7 +15,7 @@ class UnsupportedError(RuntimeError):
     ``reasons`` maps each implementation that was asked to the reasons why it cannot.
     """
 
-    def __init__(self, message: str, reasons: Mapping[str, Sequence[str]] | None = None):
+    def __init__(self, message: str, reasons: Mapping[str, Sequence[str]] | None = None) -> None:
         self.reasons = {name: tuple(why) for name, why in (reasons or {}).items()}
         lines = [f"  {name}: {why}" for name, whys in self.reasons.items() for why in whys]
         super().__init__("\n".join([message, *lines]))

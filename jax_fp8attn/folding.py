@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jax_fp8attn.quantize import Fp8Array, split_tokens
 
@@ -34,3 +35,18 @@ def unfold_tokens(out: jax.Array | Fp8Array, size: int) -> jax.Array | Fp8Array:
 def per_token(x: jax.Array, tokens: int) -> jax.Array:
     """[instances] -> [tokens]: the value of the instance that owns each token."""
     return jnp.broadcast_to(x[:, None], (x.shape[0], tokens // x.shape[0])).reshape(tokens)
+
+
+def as_varying(tree: Any, arrays: Any) -> Any:
+    """Under shard_map a loop carry must vary over every mesh axis that an operand of the loop varies over."""
+    axes = frozenset().union(*(_varying_axes(x) for x in jax.tree.leaves(arrays)))
+
+    def cast(x: jax.Array) -> jax.Array:
+        missing = tuple(sorted(axes - _varying_axes(x)))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, tree)
+
+
+def _varying_axes(x: jax.Array) -> frozenset[str]:
+    return jax.typeof(x).manual_axis_type.varying

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -41,6 +43,14 @@ class GdnMetadata:
     chunk_index: jax.Array  # int32 [chunks]
     total_tokens: int = dataclasses.field(metadata={"static": True})
     num_state_heads: int = dataclasses.field(metadata={"static": True})
+
+
+jax.export.register_pytree_node_serialization(
+    GdnMetadata,
+    serialized_name="jax_fp8attn.GdnMetadata",
+    serialize_auxdata=lambda static: json.dumps(static).encode(),
+    deserialize_auxdata=lambda text: tuple(json.loads(text)),
+)
 
 
 def gdn_prefill(
@@ -89,8 +99,8 @@ def gdn_prefill(
       out_dtype      bf16, f16 or f32, default the dtype of v. S is not normalised: a float16 ``o`` can overflow to inf.
       implementation None (fastest), a name, or names in order of preference
 
-    Batched form: q [n, T, Hq, K] and so on hold n sequences of T tokens; initial and final state have n rows, checkpoints
-    are [n, T // m, ...]. It excludes cu_seqlens and metadata.
+    Batched form: q [n, T, Hq, K] and so on hold n sequences of T tokens; initial and final state have n rows,
+    checkpoints are [n, T // m, ...]. It excludes cu_seqlens and metadata.
 
     Returns ``o`` [T, H, V], then, as the static options ask:
       final state    [B, H, V, K] or [B, H, K, V], in the dtype of initial_state, or f32
@@ -110,9 +120,9 @@ def gdn_prefill(
       * beta is taken as it is: 0 only decays the state, up to 2 is stable for keys of norm <= 1.
       * The bits of a sequence do not depend on the other sequences of the batch.
 
-    Accuracy: docs/numerics.md. Under jit offsets, lengths, states and scale change without a retrace. vmap folds into the
-    token axis. Reverse-mode derivatives of o, final state and checkpoints with respect to q, k, v, g, beta, initial_state
-    and scale: the backward pass recomputes the forward one, block by block, and saves only the inputs.
+    Accuracy: docs/numerics.md. Under jit offsets, lengths, states and scale change without a retrace. vmap folds into
+    the token axis. Reverse-mode derivatives of o, final state and checkpoints with respect to q, k, v, g, beta,
+    initial_state and scale: the backward pass recomputes the forward one, block by block, and saves only the inputs.
     """
     op = "gdn_prefill"
     options = _Options(
@@ -191,16 +201,17 @@ def gdn_prefill_pool(
                      Then ``slots`` may repeat a row (a shared prefix).
       other options  as in ``gdn_prefill``; qk_l2norm is on by default
 
-    Returns ``(o, pool)``, or ``(o, pool, checkpoints)`` with checkpoint_every and no checkpoint_slots: o [T, H, V] in the
-    dtype of qkv, the updated pool, the checkpoints in the dtype of the pool. Donate the pool (``donate_argnums``) and it
-    is updated in place; otherwise it is copied and the argument stays as it was.
+    Returns ``(o, pool)``, or ``(o, pool, checkpoints)`` with checkpoint_every and no checkpoint_slots: o [T, H, V] in
+    the dtype of qkv, the updated pool, the checkpoints in the dtype of the pool. Donate the pool (``donate_argnums``)
+    and it is updated in place; otherwise it is copied and the argument stays as it was.
 
-    Precondition: written rows (write_slots, and checkpoint_slots in use) are distinct, and none of them is a row that
-    another sequence starts from. Otherwise those rows and sequences are undefined; ``checks.gdn_prefill_pool`` tells.
+    Precondition: written rows (write_slots, and checkpoint_slots in use) are distinct, and of the rows that sequences
+    start from a sequence writes at most its own, as its final state. Otherwise the rows and sequences concerned are
+    undefined; ``checks.gdn_prefill_pool`` tells.
 
-    All rows are read before any is written. Rows that nothing is written to keep their bits. An empty sequence writes the
-    state that it starts from. Everything else as in ``gdn_prefill``. vmap folds; its instances have pools of their own.
-    No derivative: use ``gdn_prefill`` for training.
+    All rows are read before any is written. Rows that nothing is written to keep their bits. An empty sequence writes
+    the state that it starts from. Everything else as in ``gdn_prefill``. vmap folds; its instances have pools of
+    their own. No derivative: use ``gdn_prefill`` for training.
     """
     op = "gdn_prefill_pool"
     options = _Options(
@@ -224,9 +235,7 @@ def gdn_prefill_pool(
     starts = checks.array(op, "has_initial_state", has_initial_state, (sequences,), dtypes, "One flag a sequence.")
     if write_slots is not None:
         write_slots = checks.array(op, "write_slots", write_slots, (sequences,), [jnp.int32], "One slot a sequence.")
-    problem = dataclasses.replace(
-        problem, sequences=sequences, checkpoints_to_pool=checkpoint_slots is not None
-    )
+    problem = dataclasses.replace(problem, sequences=sequences, checkpoints_to_pool=checkpoint_slots is not None)
     arrays = GdnPoolArrays(
         qkv=packed.qkv,
         a=packed.a,
@@ -280,7 +289,8 @@ def gdn_transition(
 ) -> Transition:
     """What a run of tokens does to any state: S_out = M S_in + N. For context parallelism and prefix reuse.
 
-    k, v, g, beta and the options are those of ``gdn_prefill``; H is read off g. Batched form: [n, T, ...].
+    k, v, g, beta, cu_seqlens and the options (gate, qk_l2norm, l2norm_eps, precision, metadata, implementation) are
+    those of ``gdn_prefill``; H is read off g. Batched form: [n, T, ...].
 
     Returns (M, N), float32 [B, H, K, K] and [B, H, K, V]: states are [K, V] here, state_layout "kv" of ``gdn_prefill``.
     An empty sequence has M = I, N = 0. A state S is itself the transition (0, S): ``gdn_combine((0, S), (M, N))`` is
@@ -304,7 +314,9 @@ def gdn_combine(a: Transition, b: Transition) -> Transition:
             raise checks.invalid(op, name, checks.describe(pair), "a pair (M, N)")
         m, n = (getattr(x, "shape", ()) for x in pair)
         if len(m) < 2 or len(n) < 2 or m[-1] != m[-2] or n[-2] != m[-1]:
-            raise checks.invalid(op, name, f"({', '.join(map(checks.describe, pair))})", "(M [..., K, K], N [..., K, V])")
+            raise checks.invalid(
+                op, name, f"({', '.join(map(checks.describe, pair))})", "(M [..., K, K], N [..., K, V])"
+            )
     if a[1].shape[-2:] != b[1].shape[-2:]:
         raise checks.invalid(op, "b[1]", checks.describe(b[1]), f"the widths {list(a[1].shape[-2:])} of a[1]")
     matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
@@ -541,10 +553,11 @@ def _chunks(length: jax.Array, tokens: int) -> tuple[jax.Array, jax.Array]:
         return chunk, chunk
     counts = -(-length // GDN_CHUNK)
     ends = jnp.cumsum(counts, dtype=jnp.int32)
-    sequence = jnp.searchsorted(ends, chunk, side="right").astype(jnp.int32)
+    first = ends - counts
+    # a chunk belongs to the last sequence that begins no later; empty ones begin where the next one does
+    sequence = jnp.cumsum(jnp.zeros_like(chunk).at[first].add(1, mode="drop"), dtype=jnp.int32) - 1
     there = chunk < ends[-1]
-    safe = jnp.where(there, sequence, 0)
-    return jnp.where(there, sequence, -1), jnp.where(there, chunk - (ends - counts)[safe], 0)
+    return jnp.where(there, sequence, -1), jnp.where(there, chunk - first[sequence], 0)
 
 
 def _prepare(problem: GdnProblem | GdnPoolProblem, arrays: Any) -> Any:
@@ -596,9 +609,7 @@ def _unfold(result: Any, size: int) -> Any:
     return jax.tree.map(lambda x: unfold_axis(x, 0, size), result)
 
 
-def _fold(
-    problem: Any, arrays: Any, size: int, batched: Any
-) -> tuple[Any, Any, Callable[[Any], Any]]:
+def _fold(problem: Any, arrays: Any, size: int, batched: Any) -> tuple[Any, Any, Callable[[Any], Any]]:
     """Every result begins with an axis of tokens, sequences, checkpoints or pool rows, instance by instance."""
     folded = _fold_arrays(problem, arrays, size, batched)
     return _fold_problem(problem, size), folded, functools.partial(_unfold, size=size)
@@ -624,6 +635,9 @@ def _vjp(problem: GdnProblem) -> Callable[[GdnArrays, Any], GdnArrays]:
 
     @run.def_vmap
     def _(size: int, batched: Any, arrays: GdnArrays, cotangents: Any) -> tuple[Any, Any]:
+        if not size:
+            empty = broadcast_instances(arrays, batched[0], 0).floats()
+            return empty, jax.tree.map(lambda _: True, empty)
         folded = _fold_arrays(problem, arrays, size, batched[0])
         cotangents = jax.tree.map(lambda x: merge_axes(x, 0), broadcast_instances(cotangents, batched[1], size))
         result = _unfold(_vjp(_fold_problem(problem, size))(folded, cotangents), size)

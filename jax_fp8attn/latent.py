@@ -1,7 +1,7 @@
 """DeepSeek-V4 rows in FP8: 448 e4m3 codes with a power-of-two scale per tile, and 64 bf16 rotary numbers.
 
-dequantised = stored * scale. ``docs/layouts.md`` shows every format byte by byte. Conversions are lossless, work under jit
-and take any leading axes.
+dequantised = stored * scale. ``docs/layouts.md`` shows every format byte by byte. Conversions are lossless, work under
+jit and take any leading axes.
 """
 
 from __future__ import annotations
@@ -157,8 +157,8 @@ def scale_factors(scale: jax.Array) -> tuple[jax.Array, jax.Array]:
 def pack_aiter(latent: Fp8Latent) -> tuple[jax.Array, jax.Array]:
     """The row of AITER's FP8 operations: (uint8 [..., 512], bf16 rope [..., 64]), one index for both.
 
-    Bytes 0..447 are codes, 448..461 scales as E8M0 bytes (group 64: each of the 7 written twice; group 32: 14), 462..511
-    zero padding. float32 scales must be powers of two; see ``Fp8Latent.with_scale_dtype``.
+    Bytes 0..447 are codes, 448..461 scales as E8M0 bytes (group 64: each of the 7 written twice; group 32: 14), the
+    rest zeros. float32 scales must be powers of two; see ``Fp8Latent.with_scale_dtype``.
     """
     op = "pack_aiter"
     latent = check_latent(op, "latent", latent)
@@ -174,6 +174,7 @@ def unpack_aiter(rows: jax.Array, rope: jax.Array, group: int = 64, *, scale_dty
     rows   uint8 or float8_e4m3fn [..., 512]
     rope   bf16 [..., 64]
     group  64: the two bytes of a scale must agree (``InvalidInputError``; under jit a NaN scale); 32: 14 scales
+    scale_dtype  of the result: float32, uint8 or float8_e8m0fnu
     """
     op = "unpack_aiter"
     rows = checks.array(op, "rows", rows, (*_lead(rows), PACKED_BYTES), [jnp.uint8, jnp.float8_e4m3fn])
@@ -222,6 +223,7 @@ def from_flashmla_pages(pages: jax.Array, page_size: int, *, scale_dtype: Any = 
     """The inverse of ``to_flashmla_pages``: rows [..., pages * page_size], row r of page p at p * page_size + r.
 
     pages  uint8 [..., pages, bytes] with at least 584 * page_size bytes a page; bytes past those may hold anything.
+    scale_dtype  of the result: float32, uint8 or float8_e8m0fnu
     """
     op = "from_flashmla_pages"
     _check_page_size(op, page_size)

@@ -92,9 +92,7 @@ def merge_attn_states_n(
     return dispatch.call(OP, problem, arrays, implementation)
 
 
-def mask_empty_context_lse(
-    lse: jax.Array, query_start_loc: jax.Array, context_start_loc: jax.Array
-) -> jax.Array:
+def mask_empty_context_lse(lse: jax.Array, query_start_loc: jax.Array, context_start_loc: jax.Array) -> jax.Array:
     """Sets lse to -inf for the tokens of requests without context, whatever an attention backend wrote there.
 
     lse                float32 [H, T]
@@ -110,6 +108,11 @@ def mask_empty_context_lse(
     context = checks.array(op, "context_start_loc", context_start_loc, query.shape, [jnp.int32])
     if not query.shape[0]:
         raise checks.invalid(op, "query_start_loc", "int32[0]", "int32 [B+1]", "No request at all is [0].")
+    return _mask_empty_context_lse(lse, query, context)
+
+
+@jax.jit
+def _mask_empty_context_lse(lse: jax.Array, query: jax.Array, context: jax.Array) -> jax.Array:
     request = offsets.owner(*offsets.ranges(query, lse.shape[1]), lse.shape[1])
     _, context_length = offsets.ranges(context, np.iinfo(np.int32).max)
     # one more, never empty: tokens of no request (-1) read it

@@ -121,8 +121,8 @@ class SparseProblem:
 
 
 class SparsePool(NamedTuple):
-    """A pool and the lists over it. List t is indices[start[t]:end[t]]; 0 <= start <= end <= entries; lists may overlap.
-    Indices that are no row of this pool are skipped."""
+    """A pool and the lists over it. List t is indices[start[t]:end[t]]; 0 <= start <= end <= entries; lists may
+    overlap. Indices that are no row of this pool are skipped."""
 
     rows: Any  # [P, 512] or Fp8Latent
     indices: jax.Array  # int32 [entries]
@@ -210,6 +210,10 @@ class GdnArrays(NamedTuple):
     chunk_index: jax.Array  # int32 [max_chunks]: the chunk's number within its sequence
     initial_state: jax.Array | None  # [B, *state_shape]
     scale: jax.Array  # float32 [instances]
+
+    def floats(self) -> GdnArrays:
+        """What has a derivative; None for the integers."""
+        return self._replace(start=None, length=None, chunk_sequence=None, chunk_index=None)
 
 
 @dataclasses.dataclass(frozen=True)

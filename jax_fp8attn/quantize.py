@@ -6,6 +6,7 @@ dequantised = stored * scale, everywhere. Scale layouts are described byte by by
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -39,7 +40,9 @@ def cast_fp8(x: jax.Array, dtype: Any = E4M3) -> jax.Array:
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     clamped = jnp.clip(x, -limit, limit)
     # 0 * inf gives a NaN with its sign set (code 0xFF): one NaN for all
-    return jnp.where(jnp.isnan(x), jnp.nan, clamped).astype(dtype)
+    codes = jnp.where(jnp.isnan(x), jnp.nan, clamped).astype(dtype)
+    # without the barrier XLA for GPUs drops a cast to FP8 and back, and the rounding with it
+    return lax.optimization_barrier(codes)
 
 
 def ue8m0_byte(x: jax.Array) -> jax.Array:
@@ -265,9 +268,9 @@ _serializable(
 
 
 def pack_ue8m0(scales: jax.Array) -> jax.Array:
-    """Powers of two [T, G] -> int32 [ceil(G/4), align4(T)]; group 4w in the low byte of word w, padding 0.
+    """scales float32 [T, G] -> int32 [ceil(G/4), align4(T)]; group 4w in the low byte of word w, padding 0.
 
-    Only the exponent bits are kept: round first (``round_up_to_power_of_two``).
+    Powers of two only, because the exponent bits alone are kept: round first (``round_up_to_power_of_two``).
     """
     _check_scales("pack_ue8m0", "scales", scales, jnp.float32, "T, G")
     tokens, groups = scales.shape[-2:]
@@ -280,7 +283,10 @@ def pack_ue8m0(scales: jax.Array) -> jax.Array:
 
 
 def unpack_ue8m0(words: jax.Array, num_tokens: int, num_groups: int) -> jax.Array:
-    """int32 [ceil(G/4), align4(T)] -> float32 powers of two [T, G]."""
+    """The inverse of ``pack_ue8m0``: words int32 [ceil(G/4), align4(T)] -> float32 powers of two [T, G].
+
+    num_tokens, num_groups  T and G; the padding of the words is not read
+    """
     _check_scales("unpack_ue8m0", "words", words, jnp.int32, "ceil(G/4), align4(T)")
     if words.shape[-2:] != (-(-num_groups // 4), align4(num_tokens)):
         raise InvalidInputError(
@@ -293,7 +299,7 @@ def unpack_ue8m0(words: jax.Array, num_tokens: int, num_groups: int) -> jax.Arra
 
 
 def to_mn_major_tma_aligned(scales: jax.Array) -> jax.Array:
-    """float32 [T, G] -> [G, align4(T)] with zero padding: DeepGEMM's layout step."""
+    """scales float32 [T, G] -> [G, align4(T)] with zero padding: DeepGEMM's layout step."""
     _check_scales("to_mn_major_tma_aligned", "scales", scales, jnp.float32, "T, G")
     tokens = scales.shape[-2]
     pad = [(0, 0)] * (scales.ndim - 1) + [(0, align4(tokens) - tokens)]
@@ -375,10 +381,16 @@ def quantize_fp8(x: jax.Array, spec: Fp8Spec) -> Fp8Array:
     if x.ndim not in (2, 3) or x.dtype not in dtypes:
         raise InvalidInputError(f"{op}: x is {x.dtype}{list(x.shape)}; expected a float array [T, K] or [T, H, D].")
     check_spec(op, "spec", spec, x.shape[-1])
+    scale = jnp.asarray(spec.scale, jnp.float32) if isinstance(spec, Fp8PerTensor) else None
+    return _quantize(jnp.asarray(x), scale, spec.static())
+
+
+@functools.partial(jax.jit, static_argnames="spec", inline=True)
+def _quantize(x: jax.Array, scale: jax.Array | None, spec: Fp8Spec) -> Fp8Array:
+    x, scale = _forward_only((x, scale))
     if isinstance(spec, Fp8PerTensor):
-        x, scale = _forward_only((jnp.asarray(x), jnp.asarray(spec.scale, jnp.float32)))
         return quantize_per_tensor(x, Fp8PerTensor(scale, spec.dtype))
-    return quantize_per_group(_forward_only(jnp.asarray(x)), spec)
+    return quantize_per_group(x, spec)
 
 
 @jax.custom_jvp

@@ -57,8 +57,8 @@ def sparse_prefill(
     attn_sink       float32 [H], on the scale of s; None or -inf: no sink; +inf: out = 0
     return_lse      also return lse
     out_dtype       bfloat16, float16 or float32
-    precision       "exact": rows are dequantised exactly. "fp8" allows an implementation to multiply in FP8 where that is
-                    faster; "xla" and "reference" compute exactly all the same
+    precision       "exact": rows are dequantised exactly. "fp8" allows an implementation to multiply in FP8 where that
+                    is faster; "xla" and "reference" compute exactly all the same
     implementation  None (fastest), a name, or names in order of preference
 
     Returns out [T, H, 512], or (out, lse) with lse float32 [H, T], natural logarithm.
@@ -74,8 +74,8 @@ def sparse_prefill(
       * a NaN sink: NaN out for that head, where the token has a row.
       * T = 0: empty results.
 
-    A result does not depend on the other tokens of a call, bit for bit. ``checks.sparse_prefill`` turns bad values into
-    errors.
+    A token's result does not depend on the other tokens of the call, bit for bit. ``checks.sparse_prefill`` turns bad
+    values into errors.
 
     Partial results: run the parts with attn_sink=None and return_lse=True, merge them with ``merge_attn_states``, then
     multiply by 1 / (1 + exp(sink - lse)), once.

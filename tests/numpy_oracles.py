@@ -8,9 +8,7 @@ import numpy as np
 TINY = 2.0**-126  # a smaller weight is none
 
 
-def merge(
-    outputs: Any, lses: Any, count: int | None = None, base: float = np.e
-) -> tuple[np.ndarray, np.ndarray]:
+def merge(outputs: Any, lses: Any, count: int | None = None, base: float = np.e) -> tuple[np.ndarray, np.ndarray]:
     """float64 out [T, H, D] and lse [H, T] of states outputs [N, T, H, D] and lses [N, H, T]."""
     outputs = np.stack([np.asarray(o).astype(np.float64) for o in outputs])
     lses = np.stack([np.asarray(s).astype(np.float64).T for s in lses])  # [N, T, H]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
+import re
 
 import jax
 import jax.export
@@ -26,8 +28,12 @@ from jax_fp8attn.testing import assert_bitwise_equal
 
 SCALE_DTYPES = ("float32", "uint8", "float8_e8m0fnu")
 GROUPS = (64, 32)
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
 
 
+quantize = jax.jit(quantize_latent, static_argnames=("group", "scale_dtype", "scale_floor"))
+dequantize = jax.jit(dequantize_latent, static_argnums=1)
+unpack = jax.jit(unpack_aiter, static_argnums=2, static_argnames="scale_dtype")
 to_pages = jax.jit(to_flashmla_pages, static_argnums=1)
 from_pages = jax.jit(from_flashmla_pages, static_argnums=1, static_argnames="scale_dtype")
 
@@ -45,9 +51,22 @@ def random_latent(rows: int, group: int = 64, scale_dtype: str = "uint8", seed: 
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, 127, (rows, 448), dtype=np.uint8) | rng.integers(0, 2, (rows, 448), dtype=np.uint8) << 7
     rope = rng.standard_normal((rows, 64)).astype(ml_dtypes.bfloat16)
-    scale = rng.integers(1, 255, (rows, 448 // group), dtype=np.uint8)
-    latent = Fp8Latent(jnp.asarray(codes.view(ml_dtypes.float8_e4m3fn)), jnp.asarray(rope), jnp.asarray(scale))
-    return latent.with_scale_dtype(scale_dtype)
+    scale = scales_from(rng.integers(1, 255, (rows, 448 // group), dtype=np.uint8), scale_dtype)
+    return Fp8Latent(jnp.asarray(codes.view(ml_dtypes.float8_e4m3fn)), jnp.asarray(rope), scale)
+
+
+def scales_from(byte: np.ndarray, scale_dtype: str) -> jax.Array:
+    """E8M0 bytes as scales of a dtype, without the package."""
+    if scale_dtype == "float32":
+        return jnp.asarray(np.where(byte == 255, np.nan, np.exp2(byte - 127.0)).astype(np.float32))
+    return jnp.asarray(byte.view(ml_dtypes.float8_e8m0fnu) if scale_dtype == "float8_e8m0fnu" else byte)
+
+
+def scale_bytes(latent: Fp8Latent) -> np.ndarray:
+    scale = np.asarray(latent.scale)
+    if scale.dtype != np.float32:
+        return scale.view(np.uint8)
+    return (np.log2(scale) + 127).astype(np.uint8)
 
 
 def exact_rows(latent: Fp8Latent) -> np.ndarray:
@@ -76,7 +95,7 @@ def test_quantiser_follows_the_rule(group: int) -> None:
     """R1: scale = 2^ceil(log2(max(amax/448, 1e-4))) and e4m3(x / scale), over ten binades."""
     rng = np.random.default_rng(1)
     x = (rng.standard_normal((64, 512)) * np.exp2(rng.integers(-20, 20, (64, 1)))).astype(np.float32)
-    latent = quantize_latent(jnp.asarray(x), group)
+    latent = quantize(jnp.asarray(x), group=group)
     exponent, codes = expected_quantisation(x, group)
     np.testing.assert_array_equal(np.log2(np.asarray(latent.scale, np.float64)), exponent)
     np.testing.assert_array_equal(codes_of(latent), codes)
@@ -88,13 +107,15 @@ def test_quantiser_follows_the_rule(group: int) -> None:
 
 def test_quantiser_at_powers_of_two_and_at_the_floor() -> None:
     """R7: the step from one scale to the next, the smallest scale 2^-13, an all-zero tile."""
-    peaks = np.array([448, np.nextafter(np.float32(448), np.float32(999)), 224, 224.5, 448 * 2.0**-13, 1e-3, 0], np.float32)
+    peaks = np.array(
+        [448, np.nextafter(np.float32(448), np.float32(999)), 224, 224.5, 448 * 2.0**-13, 1e-3, 0], np.float32
+    )
     x = np.zeros((1, 512), np.float32)
     x[0, :448:64] = peaks
-    latent = quantize_latent(jnp.asarray(x))
+    latent = quantize(jnp.asarray(x))
     np.testing.assert_array_equal(np.asarray(latent.scale)[0], np.exp2([0, 1, -1, 0, -13, -13, -13]).astype(np.float32))
     assert not codes_of(latent)[0, 384:].any()
-    small = quantize_latent(jnp.asarray(x), scale_floor=1e-30)
+    small = quantize(jnp.asarray(x), scale_floor=1e-30)
     np.testing.assert_array_equal(np.asarray(small.scale)[0, :6], np.exp2([0, 1, -1, 0, -13, -18]).astype(np.float32))
 
 
@@ -102,7 +123,7 @@ def test_quantiser_and_non_finite_numbers() -> None:
     """R2, R7: NaN is code 0x7F, infinities saturate, the scale is that of the finite rest."""
     x = np.ones((3, 512), np.float32)
     x[0, 5], x[1, 5], x[2, 5] = np.nan, np.inf, -np.inf
-    latent = quantize_latent(jnp.asarray(x))
+    latent = quantize(jnp.asarray(x))
     assert [int(c) for c in codes_of(latent)[:, 5]] == [0x7F, 0x7E, 0xFE]
     np.testing.assert_array_equal(np.asarray(latent.scale), np.full((3, 7), 2.0**-8, np.float32))
 
@@ -110,9 +131,10 @@ def test_quantiser_and_non_finite_numbers() -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_requantising_what_was_dequantised_changes_nothing(dtype: str) -> None:
     x = jnp.asarray(np.random.default_rng(2).standard_normal((16, 512)), dtype)
-    latent = quantize_latent(x)
-    assert_bitwise_equal(quantize_latent(latent.dequantize()).dequantize(), latent.dequantize())
-    assert_bitwise_equal(latent.dequantize(jnp.bfloat16).astype(jnp.float32), latent.dequantize())
+    latent = quantize(x)
+    exact = dequantize(latent)
+    assert_bitwise_equal(dequantize(quantize(exact)), exact)
+    assert_bitwise_equal(np.asarray(dequantize(latent, jnp.bfloat16)).astype(np.float32), np.asarray(exact))
 
 
 @pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
@@ -126,12 +148,14 @@ def test_every_code_times_every_scale_byte(group: int, scale_dtype: str) -> None
     codes = np.resize(np.arange(256, dtype=np.uint8), (256, 448))
     codes += np.arange(256, dtype=np.uint8)[:, None] + np.uint8(0x60)
     latent = Fp8Latent(
-        jnp.asarray(codes.view(ml_dtypes.float8_e4m3fn)), jnp.zeros((256, 64), jnp.bfloat16), jnp.asarray(byte)
-    ).with_scale_dtype(scale_dtype)
+        jnp.asarray(codes.view(ml_dtypes.float8_e4m3fn)),
+        jnp.zeros((256, 64), jnp.bfloat16),
+        scales_from(byte, scale_dtype),
+    )
     with np.errstate(over="ignore"):
         expected = exact_rows(latent).astype(np.float32)
     subnormal = np.abs(expected) < 2.0**-126
-    actual = np.asarray(latent.dequantize())
+    actual = np.asarray(dequantize(latent))
     np.testing.assert_array_equal(np.where(subnormal, 0, actual), np.where(subnormal, 0, expected))
     assert np.all((actual[subnormal] == 0) | (actual[subnormal] == expected[subnormal]))
     of_byte_0 = actual[0, :group][~subnormal[0, :group]]
@@ -143,9 +167,7 @@ def test_scale_dtypes_hold_the_same_bytes(scale_dtype: str) -> None:
     byte = np.arange(256, dtype=np.uint8)[:, None].repeat(7, axis=1)
     stored = dataclasses.replace(random_latent(256), scale=jnp.asarray(byte))
     converted = stored.with_scale_dtype(scale_dtype)
-    if scale_dtype == "float32":
-        value = np.where(byte == 255, np.nan, np.exp2(byte - 127.0)).astype(np.float32)
-        np.testing.assert_array_equal(np.asarray(converted.scale), value)
+    assert_bitwise_equal(converted.scale, scales_from(byte, scale_dtype))
     assert converted.scale.dtype == jnp.dtype(scale_dtype)
     assert_bitwise_equal(converted.with_scale_dtype("uint8"), stored)
     assert_bitwise_equal(jax.jit(lambda x: x.with_scale_dtype(scale_dtype).with_scale_dtype("uint8"))(stored), stored)
@@ -154,15 +176,16 @@ def test_scale_dtypes_hold_the_same_bytes(scale_dtype: str) -> None:
 @pytest.mark.parametrize("scale", [0.0, 3.0, -1.0, np.inf, 1.0000001, 2.0**-128])
 def test_float_scales_that_e8m0_does_not_have(scale: float) -> None:
     """R7: an error on the host, NaN under jit; dequantisation takes them as they are."""
-    latent = random_latent(4, scale_dtype="float32")
-    latent = dataclasses.replace(latent, scale=jnp.ones((4, 7), jnp.float32).at[2, 3].set(np.float32(scale)))
+    scales = np.ones((4, 7), np.float32)
+    scales[2, 3] = scale
+    latent = dataclasses.replace(random_latent(4), scale=jnp.asarray(scales))
     for convert in (pack_aiter, lambda x: to_flashmla_pages(x, 2), lambda x: x.with_scale_dtype("uint8")):
         with pytest.raises(InvalidInputError, match=r"scale\[2, 3\]"):
             convert(latent)
     byte = np.asarray(jax.jit(lambda x: x.with_scale_dtype("uint8").scale)(latent))
     assert byte[2, 3] == 255
     assert np.delete(byte.ravel(), 17).tolist() == [127] * 27
-    row = np.asarray(latent.dequantize())[2, 192:256]
+    row = np.asarray(dequantize(latent))[2, 192:256]
     with np.errstate(invalid="ignore"):
         expected = (exact_rows(latent)[2, 192:256]).astype(np.float32)
     expected = np.where(np.abs(expected) < 2.0**-126, 0, expected)
@@ -175,9 +198,11 @@ def test_widening_scale_groups() -> None:
     wide = latent.with_group(32)
     np.testing.assert_array_equal(np.asarray(wide.scale), np.repeat(np.asarray(latent.scale), 2, axis=-1))
     assert_bitwise_equal(wide.with_group(64), latent)
-    assert_bitwise_equal(wide.dequantize(), latent.dequantize())
+    assert_bitwise_equal(dequantize(wide), dequantize(latent))
+    torn_bytes = np.asarray(wide.scale).copy()
+    torn_bytes[4, 5] = 1
     for scale_dtype in SCALE_DTYPES:
-        torn = dataclasses.replace(wide, scale=wide.scale.at[4, 5].set(1)).with_scale_dtype(scale_dtype)
+        torn = dataclasses.replace(wide, scale=scales_from(torn_bytes, scale_dtype))
         with pytest.raises(InvalidInputError, match=r"scale\[4, 2\] differs"):
             torn.with_group(64)
         byte = np.asarray(jax.jit(lambda x: x.with_group(64).with_scale_dtype("uint8").scale)(torn))
@@ -187,7 +212,7 @@ def test_widening_scale_groups() -> None:
 
 def aiter_rows(latent: Fp8Latent) -> np.ndarray:
     """The packed rows, byte by byte."""
-    scale = np.asarray(latent.with_scale_dtype("uint8").scale)
+    scale = scale_bytes(latent)
     rows = np.zeros((len(scale), 512), np.uint8)
     rows[:, :448] = codes_of(latent)
     for t in range(7):
@@ -201,16 +226,15 @@ def aiter_rows(latent: Fp8Latent) -> np.ndarray:
 def test_aiter_rows(group: int, scale_dtype: str) -> None:
     """Bytes as AITER has them, the way back, and padding that may hold anything (R6)."""
     latent = random_latent(9, group, scale_dtype)
-    rows, rope = pack_aiter(latent)
+    rows, rope = jax.jit(pack_aiter)(latent)
     np.testing.assert_array_equal(np.asarray(rows), aiter_rows(latent))
-    assert rope is latent.rope
+    assert_bitwise_equal(rope, latent.rope)
     dirty = np.asarray(rows).copy()
     dirty[:, 462:] = np.random.default_rng(3).integers(0, 256, (9, 50))
     for stored in (rows, jnp.asarray(dirty), jnp.asarray(dirty.view(ml_dtypes.float8_e4m3fn))):
-        assert_bitwise_equal(unpack_aiter(stored, rope, group, scale_dtype=scale_dtype), latent)
-        assert_bitwise_equal(
-            unpack_aiter(stored, rope, 32, scale_dtype=scale_dtype), latent.with_group(32), "a per-32 reader reads both"
-        )
+        assert_bitwise_equal(unpack(stored, rope, group, scale_dtype=scale_dtype), latent)
+        # a reader of scales per 32 reads both kinds
+        assert_bitwise_equal(unpack(stored, rope, 32, scale_dtype=scale_dtype), latent.with_group(32))
 
 
 def test_aiter_rows_per_32_are_no_rows_per_64() -> None:
@@ -224,7 +248,7 @@ def flashmla_pages(latent: Fp8Latent, page_size: int, stride: int) -> np.ndarray
     """The pages, address by address: row i at p*stride + 576*r, its scales at p*stride + 576*page_size + 8*r."""
     count = len(codes_of(latent))
     memory = np.zeros(-(-count // page_size) * stride, np.uint8)
-    scale = np.asarray(latent.with_scale_dtype("uint8").scale)
+    scale = scale_bytes(latent)
     for i in range(count):
         page, row = divmod(i, page_size)
         at = page * stride + 576 * row
@@ -250,8 +274,38 @@ def test_flashmla_pages(page_size: int, stride: int) -> None:
         for scale_dtype in SCALE_DTYPES:
             back = from_pages(jnp.asarray(memory), page_size, scale_dtype=scale_dtype)
             assert back.shape == (2 * page_size, 512)
-            assert_bitwise_equal(jax.tree.map(lambda x: x[:count], back), latent.with_scale_dtype(scale_dtype))
-    assert_bitwise_equal(to_flashmla_pages(random_latent(5).with_group(32), 4), to_flashmla_pages(random_latent(5), 4))
+            expected = dataclasses.replace(latent, scale=scales_from(np.asarray(latent.scale), scale_dtype))
+            assert_bitwise_equal(*(jax.tree.map(lambda x: np.asarray(x)[:count], y) for y in (back, expected)))
+    wide = to_flashmla_pages(random_latent(5).with_group(32), page_size)
+    np.testing.assert_array_equal(np.asarray(wide), flashmla_pages(random_latent(5), page_size, stride))
+
+
+def documented_dumps() -> dict[str, np.ndarray]:
+    """The dumps of docs/layouts*.md: lines of "offset: bytes xN", the first of a dump with its name before it."""
+    dumps: dict[str, list[int]] = {}
+    name = ""
+    text = "\n".join(page.read_text() for page in sorted(DOCS.glob("layouts*.md")))
+    for line in text.splitlines():
+        found = re.match(r"(rows|rope|pages)? +(\d+): ((?:[0-9a-f]{2} ?)+)(?:x(\d+))?", line)
+        if found:
+            name = found[1] or name
+            dump = dumps.setdefault(name, [])
+            assert int(found[2]) == len(dump), line
+            dump += [int(byte, 16) for byte in found[3].split()] * int(found[4] or 1)
+    return {name: np.array(dump, np.uint8) for name, dump in dumps.items()}
+
+
+def test_documented_bytes() -> None:
+    """The dumps of docs/layouts are what the code writes."""
+    x = np.zeros((1, 512), np.float32)
+    for first, last, value in ((0, 64, 1), (64, 128, 448), (192, 256, -0.5), (256, 448, 1e-3), (448, 512, 1)):
+        x[0, first:last] = value
+    latent = quantize(jnp.asarray(x))
+    rows, rope = pack_aiter(latent)
+    dumps = documented_dumps()
+    np.testing.assert_array_equal(np.asarray(rows)[0], dumps["rows"])
+    np.testing.assert_array_equal(np.asarray(rope).view(np.uint8)[0], dumps["rope"])
+    np.testing.assert_array_equal(np.asarray(to_flashmla_pages(latent, 2))[0], dumps["pages"])
 
 
 def test_converters_take_leading_axes_and_jit() -> None:
@@ -267,7 +321,7 @@ def test_converters_take_leading_axes_and_jit() -> None:
 
     expected = jax.jit(through)(rows)
     for actual in (jax.jit(through)(many), jax.jit(jax.vmap(jax.vmap(through)))(many)):
-        flat = jax.tree.map(lambda x: x.reshape(24, -1), actual)
+        flat = jax.tree.map(lambda x: jnp.asarray(np.asarray(x).reshape(24, -1)), actual)
         assert_bitwise_equal(flat[0], rows)
         assert_bitwise_equal(flat[1], rows)
         assert_bitwise_equal(flat[2], expected[2])

@@ -51,9 +51,9 @@ def implementation(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def with_specs(*specs: Any) -> list[tuple[str, Any]]:
-    """Every implementation with every spec; the reference with the last one only."""
-    return [(name, spec) for name in IMPLEMENTATIONS for spec in (specs[-1:] if name == "reference" else specs)]
+def with_cases(*cases: Any) -> list[tuple[str, Any]]:
+    """Every implementation with every case; the reference with the last one only."""
+    return [(name, case) for name in IMPLEMENTATIONS for case in (cases[-1:] if name == "reference" else cases)]
 
 
 class States(NamedTuple):
@@ -81,8 +81,9 @@ def states(tokens: int = T, heads: int = H, width: int = D, dtype: Any = np.floa
 
 def finite_states(*shape: int, **options: Any) -> States:
     s = states(*shape, **options)
-    return States(s.prefix_output, np.where(np.isinf(s.prefix_lse), 0.5, s.prefix_lse).astype(np.float32),
-                  s.suffix_output, np.where(np.isinf(s.suffix_lse), 0.25, s.suffix_lse).astype(np.float32))
+    for lse in (s.prefix_lse, s.suffix_lse):
+        lse[np.isinf(lse)] = 0.5
+    return s
 
 
 def exact_states(*shape: int, seed: int = 0, **options: Any) -> States:
@@ -103,13 +104,17 @@ def half_ulps(actual: Any, expected: np.ndarray) -> int:
     return int(np.abs(a - e).max(initial=0))
 
 
-def assert_merged(out: Any, expected: np.ndarray) -> None:
-    """float32 within 1e-6 a row; bf16 and f16 within one step of the rounded oracle."""
+def assert_merged(out: Any, expected: np.ndarray, mass: Any = 0.0) -> None:
+    """float32 within 1e-6 a row; bf16 and f16 within one step of the rounded oracle. Where the two sides cancel,
+    float32 sums keep 2^-22 of the ``mass`` that is added up, not of what is left."""
     assert_same_nonfinite(out, expected)
     if out.dtype == jnp.float32:
         assert_rows_close(out, expected, worst=1e-6)
-    else:
-        assert half_ulps(out, expected) <= 1
+        return
+    error = np.abs(np.asarray(out).astype(np.float64) - expected)
+    cancelled = (error <= 2.0**-22 * mass) & (np.abs(expected) < 2.0**-7 * mass)
+    kept = np.where(cancelled, np.asarray(out).astype(np.float64), expected)
+    assert half_ulps(out, kept) <= 1
 
 
 def assert_quantised(out: Fp8Array, expected: np.ndarray, spec: Any, scale: float = 1.0) -> None:
@@ -128,7 +133,7 @@ def assert_quantised(out: Fp8Array, expected: np.ndarray, spec: Any, scale: floa
 
 
 def at(tree: Any, *index: int) -> Any:
-    return jax.tree.map(lambda leaf: leaf[index], tree)
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[index], tree)
 
 
 TOKENS, HEADS, WIDTHS = (256, 512, 613, 1024, 1536, 4096), (4, 8, 16, 32, 48, 64), (32, 48, 64, 96, 128, 256)
@@ -156,6 +161,7 @@ def check_upstream_case(shape: tuple[int, int, int], option: int, implementation
         *s, prefill_tokens_with_context=count, output_scale=scale, return_lse=True, implementation=implementation
     )
     assert out.shape == shape and lse.shape == shape[1::-1]
+    out, lse = jax.tree.map(np.asarray, (out, lse))
     for part in chunks(shape[0]):
         piece = States(s.prefix_output[part], s.prefix_lse[:, part], s.suffix_output[part], s.suffix_lse[:, part])
         local = None if count is None else max(0, count - part.start)
@@ -164,13 +170,16 @@ def check_upstream_case(shape: tuple[int, int, int], option: int, implementation
         if quantised:
             assert_codes_close(out.values[part], oracle.per_tensor(expected, 0.05))
         else:
-            assert_merged(out[part], expected)
+            outputs, lses = np.abs(piece[0::2]), piece[1::2]
+            assert_merged(out[part], expected, mass=oracle.merge(outputs, lses, local)[0])
 
 
 class TestUpstreamAxes:
     """Group 1."""
 
-    @pytest.mark.parametrize("case", range(len(SMALL)))
+    @pytest.mark.parametrize(
+        "case", [pytest.param(n, marks=pytest.mark.slow if n in (6, 8, 9, 12) else ()) for n in range(len(SMALL))]
+    )
     def test_shapes(self, case: int) -> None:
         """R1: every value of the six upstream axes, odd shapes besides."""
         check_upstream_case(SMALL[case], 5 * case, IMPLEMENTATIONS[case % 8 == 7])
@@ -184,7 +193,7 @@ class TestUpstreamAxes:
             option = 6 * TOKENS.index(tokens) + 5 * HEADS.index(heads) + 7 * number
             check_upstream_case((tokens, heads, width), option, "xla")
 
-    @pytest.mark.parametrize(("implementation", "spec"), with_specs(None, Fp8PerTensor(0.5), *GROUP_SPECS))
+    @pytest.mark.parametrize(("implementation", "spec"), with_cases(None, Fp8PerTensor(0.5), *GROUP_SPECS))
     def test_no_tokens_no_heads(self, spec: Any, implementation: str) -> None:
         """R3."""
         for tokens, heads in ((0, H), (T, 0)):
@@ -298,9 +307,7 @@ class TestEdgeCases:
         """Group 6: suffix lse +inf becomes -inf, a NaN lse does not touch the output, -0 stays -0."""
         s = finite_states()
         s.suffix_lse[0, 5], s.suffix_lse[1, 6], s.suffix_output[7, 2, :4] = INF, NAN, -0.0
-        out, lse = merge_attn_states(
-            *s, prefill_tokens_with_context=5, return_lse=True, implementation=implementation
-        )
+        out, lse = merge_attn_states(*s, prefill_tokens_with_context=5, return_lse=True, implementation=implementation)
         assert_bitwise_equal(out[5:], s.suffix_output[5:])
         expected = s.suffix_lse[:, 5:].copy()
         expected[0, 0] = -INF
@@ -452,7 +459,7 @@ def attention(q: Any, k: Any, v: Any, visible: np.ndarray) -> tuple[np.ndarray, 
 class TestAlgebra:
     """Group 9, R9: attention over parts, merged, is attention over all."""
 
-    @pytest.mark.parametrize("parts", [1, 2, 3, 7])
+    @pytest.mark.parametrize(("implementation", "parts"), with_cases(1, 2, 3, 7))
     def test_chunked_context(self, parts: int, implementation: str) -> None:
         """Requests of 0 and 20 context keys beside one of 33; both serving orders and a permuted one."""
         rng = np.random.default_rng(parts)
@@ -506,7 +513,7 @@ class TestAlgebra:
 class TestMany:
     """merge_attn_states_n."""
 
-    @pytest.mark.parametrize("count", [1, 2, 5])
+    @pytest.mark.parametrize("count", [1, 5])
     def test_against_the_oracle(self, count: int, implementation: str) -> None:
         """R1, R9: with empty and all-empty rows, equal to folded pairs."""
         rng = np.random.default_rng(count)
@@ -533,11 +540,9 @@ class TestMany:
         s = exact_states()
         outputs, lses = np.stack(s[0::2]), np.stack(s[1::2])
         pair = merge_attn_states(*s, return_lse=True, implementation=implementation)
-        assert_bitwise_equal(
-            merge_attn_states_n(outputs, lses, return_lse=True, implementation=implementation), pair
-        )
+        assert_bitwise_equal(merge_attn_states_n(outputs, lses, return_lse=True, implementation=implementation), pair)
 
-    @pytest.mark.parametrize(("implementation", "spec"), with_specs(Fp8PerTensor(0.05), GROUP_SPECS[2]))
+    @pytest.mark.parametrize(("implementation", "spec"), with_cases(Fp8PerTensor(0.05), GROUP_SPECS[2]))
     def test_quantised_in_the_other_layout_and_base(self, spec: Any, implementation: str) -> None:
         s = states()
         outputs, lses = np.stack(s[0::2]), np.stack([s.prefix_lse.T, s.suffix_lse.T])
@@ -569,9 +574,7 @@ class TestMany:
 class TestQuantised:
     """Groups 17, 18, 23, 25: FP8 output in the same pass."""
 
-    @pytest.mark.parametrize(
-        ("implementation", "spec"), with_specs(Fp8PerTensor(0.05), Fp8PerTensor(0.5), *GROUP_SPECS)
-    )
+    @pytest.mark.parametrize(("implementation", "spec"), with_cases(Fp8PerTensor(0.05), *GROUP_SPECS))
     def test_against_the_oracle(self, spec: Any, implementation: str) -> None:
         """R1: lse, a context count in the middle, and an all-empty row beside."""
         s = states(dtype=np.float32 if spec in GROUP_SPECS[:3] else ml_dtypes.bfloat16)
@@ -589,7 +592,7 @@ class TestQuantised:
             assert scale == 2.0**-33 if spec.scale_format == "ue8m0" else np.isclose(scale, 2.2321430e-13, rtol=1e-6)
 
     @pytest.mark.parametrize(
-        ("implementation", "spec"), with_specs(GROUP_SPECS[2], GROUP_SPECS[-1], Fp8PerTensor(0.05))
+        ("implementation", "spec"), with_cases(GROUP_SPECS[2], GROUP_SPECS[-1], Fp8PerTensor(0.05))
     )
     def test_fused_equals_merge_then_quantise(self, spec: Any, implementation: str) -> None:
         """Group 25: the same bytes as quantising the float32 result; nothing passes through bf16."""
@@ -653,7 +656,7 @@ class TestQuantised:
         assert float(jnp.abs(out.values.astype(jnp.float32)).max()) == 240
 
     @pytest.mark.parametrize(
-        ("implementation", "spec"), with_specs(GROUP_SPECS[2], GROUP_SPECS[-1], Fp8PerTensor(0.05))
+        ("implementation", "spec"), with_cases(GROUP_SPECS[2], GROUP_SPECS[-1], Fp8PerTensor(0.05))
     )
     def test_padded_tokens(self, spec: Any, implementation: str) -> None:
         """R6, groups 12 and 23: NaN in the padded tail changes neither valid rows nor their scales, nor the padding."""
@@ -745,7 +748,7 @@ class TestPromises:
         [(131072, None), (131072, Fp8PerGroup.deepgemm_sm100()), (262144, Fp8PerTensor(0.05))],
     )
     def test_index_arithmetic_beyond_two_to_the_31(self, tokens: int, spec: Any) -> None:
-        """R5, group 11: 2^31 and 2^32 elements. No index is formed over [T, H, D]; groups need the float32 result once."""
+        """R5, group 11: 2^31 and 2^32 elements. No index over [T, H, D]; groups need the float32 result once."""
         big = jax.ShapeDtypeStruct((tokens, 128, 128), jnp.bfloat16)
         lse = jax.ShapeDtypeStruct((128, tokens), jnp.float32)
         assert big.size >= 2**31
@@ -775,7 +778,7 @@ class TestPromises:
 
 def _subsets() -> Iterator[Any]:
     """Every subset of (prefix, its lse, suffix, its lse, count, scale); most of them in the long run only."""
-    fast = ((0,), (1,), (4,), (5,), (2, 3), (0, 1, 2, 3), (4, 5), (0, 1, 2, 3, 4, 5))
+    fast = ((0,), (1, 4), (5,), (2, 3), (0, 1, 2, 3), (0, 1, 2, 3, 4, 5))
     for size in range(1, 7):
         for subset in itertools.combinations(range(6), size):
             marks = () if subset in fast else pytest.mark.slow
@@ -831,7 +834,7 @@ class TestTransforms:
             assert_bitwise_equal(at(result, n), one)
 
     @pytest.mark.parametrize(
-        ("implementation", "spec"), with_specs(GROUP_SPECS[0], GROUP_SPECS[2], GROUP_SPECS[-1], None)
+        ("implementation", "spec"), with_cases(GROUP_SPECS[0], GROUP_SPECS[2], GROUP_SPECS[-1], None)
     )
     def test_nested_vmap_with_every_scale_layout(self, spec: Any, implementation: str) -> None:
         """R16: odd token counts, so that every instance needs its own padding; other axes than the first."""
@@ -855,8 +858,8 @@ class TestTransforms:
     def test_vmap_writes_no_loop(self) -> None:
         """R16."""
         s = [np.stack([x, x]) for x in states()]
-        text = jax.jit(jax.vmap(lambda *four: merge_attn_states(*four, output_quant=GROUP_SPECS[-1]))).lower(*s).as_text()
-        assert "while" not in text
+        many = jax.vmap(lambda *four: merge_attn_states(*four, output_quant=GROUP_SPECS[-1]))
+        assert "while" not in jax.jit(many).lower(*s).as_text()
 
     def test_vmap_over_no_instances(self) -> None:
         """R3."""
@@ -880,6 +883,23 @@ class TestTransforms:
         assert_rows_close(result[0], looped[0], worst=1e-6)
         assert_lse_close(result[1], looped[1])
         assert_rows_close(result[0], oracle.merge(outputs, lses)[0], worst=2e-6)
+
+    def test_vmap_over_scan(self, implementation: str) -> None:
+        """R16: a batch of accumulations, the merge folded inside the loop."""
+        s = [[exact_states(seed=3 * b + n) for n in range(3)] for b in range(2)]
+        outputs = np.stack([[x.prefix_output for x in row] for row in s])
+        lses = np.stack([[x.prefix_lse for x in row] for row in s])
+
+        def accumulate(outputs: Any, lses: Any) -> Any:
+            def step(carry: Any, chunk: Any) -> tuple[Any, None]:
+                return merge_attn_states(*carry, *chunk, return_lse=True, implementation=implementation), None
+
+            return jax.lax.scan(step, (jnp.zeros((T, H, D)), jnp.full((H, T), -INF)), (outputs, lses))[0]
+
+        many, one = jax.jit(jax.vmap(accumulate))(outputs, lses), jax.jit(accumulate)
+        for b in range(2):
+            assert_rows_close(at(many, b)[0], one(outputs[b], lses[b])[0], worst=1e-6)
+            assert_lse_close(at(many, b)[1], one(outputs[b], lses[b])[1])
 
     def test_scan_of_quantised_results(self) -> None:
         s = [exact_states(seed=n) for n in range(3)]
@@ -912,9 +932,7 @@ class TestTransforms:
         s = States(*map(jnp.asarray, finite_states()))
 
         def loss(prefix: Any, lse: Any = s.prefix_lse, scale: Any = 0.5) -> jax.Array:
-            out = merge_attn_states(
-                prefix, lse, *s[2:], output_scale=scale, implementation=implementation
-            )
+            out = merge_attn_states(prefix, lse, *s[2:], output_scale=scale, implementation=implementation)
             return out.dequantize().sum()
 
         p = s.prefix_output
@@ -940,7 +958,7 @@ class TestTransforms:
         expected = merge_attn_states(*s, implementation=implementation)
         assert_rows_close(jax.grad(loss)(s.prefix_output), expected, worst=1e-6)
 
-    @pytest.mark.parametrize(("implementation", "spec"), with_specs(GROUP_SPECS[-1], None))
+    @pytest.mark.parametrize(("implementation", "spec"), with_cases(GROUP_SPECS[-1], None))
     def test_export(self, spec: Any, implementation: str) -> None:
         """R16: for CPU and CUDA, through bytes, and run here."""
         pytest.importorskip("flatbuffers", reason="jax.export serialises through flatbuffers")
@@ -991,23 +1009,20 @@ class TestSharding:
             out = Fp8Array(by_head, by_head if spec.scale_layout == "row" else rows, spec, 5)
 
         def merge(count: Any, *four: Any) -> Any:
-            return merge_attn_states(
-                *four, prefill_tokens_with_context=count, output_quant=spec, return_lse=True
-            )
+            return merge_attn_states(*four, prefill_tokens_with_context=count, output_quant=spec, return_lse=True)
 
         sharded = jax.jit(
             jax.shard_map(merge, mesh=mesh, in_specs=(P(), by_head, rows, by_head, rows), out_specs=(out, rows))
         )
         arrays = [
-            jax.device_put(x, NamedSharding(mesh, sharding))
-            for x, sharding in zip(s, (by_head, rows) * 2, strict=True)
+            jax.device_put(x, NamedSharding(mesh, sharding)) for x, sharding in zip(s, (by_head, rows) * 2, strict=True)
         ]
         count = jnp.int32(3)
         assert_bitwise_equal(sharded(count, *arrays), jax.jit(merge)(count, *s))
         text = sharded.lower(count, *arrays).compile().as_text()
         assert "all-gather" not in text and "all-reduce" not in text and "all-to-all" not in text
 
-    @pytest.mark.parametrize("spec", [None, Fp8PerTensor(0.05), GROUP_SPECS[0]])
+    @pytest.mark.parametrize("spec", [None, GROUP_SPECS[0]])
     def test_partitioned_by_the_compiler(self, spec: Any) -> None:
         """The same without shard_map: operands sharded over heads stay so."""
         mesh = Mesh(np.asarray(jax.devices()[:8]), "h")

@@ -195,7 +195,7 @@ class SparseLayer:
         self._forward = jax.jit(self._run)
 
     def _lists(self, random: _Random) -> tuple[jax.Array, ...]:
-        """Prefix: top-k compressed rows (random here) and window rows of earlier chunks; extend: this chunk's window."""
+        """Prefix: top-k compressed rows (random) and window rows of earlier chunks; extend: this chunk's window."""
         size = self.size
         width = size.topk + size.window - 1
         prefix, window = np.full((size.tokens, width), -1), np.full((size.tokens, size.window), -1)

@@ -217,7 +217,9 @@ def emulated(problem: GdnProblem, arrays: GdnArrays) -> tuple[jax.Array, jax.Arr
         gates_of = [jnp.where(valid, _rows(x, token), 0.0) for x in (_log(problem, g), beta)]
         state = jnp.where(there & (index == 0), initial[b], state)
         new_out, state = _emulated_chunk(problem, rows, gates_of, state)
-        written = jnp.where(valid[:, None], arrays.scale[b // (problem.sequences // problem.instances)] * new_out, _rows(out, token))
+        written = jnp.where(
+            valid[:, None], arrays.scale[b // (problem.sequences // problem.instances)] * new_out, _rows(out, token)
+        )
         out = lax.dynamic_update_slice_in_dim(out, written, token, axis=1)
         return (state, jnp.where(there, final.at[b].set(state), final), out), None
 

@@ -113,17 +113,16 @@ def rounded(problem: Any, score: jax.Array, p: jax.Array) -> jax.Array:
 
 def values(p: jax.Array, seen: jax.Array, v: jax.Array) -> jax.Array:
     """p [H, T, S] times v [S, H, D]; keys that are not seen add nothing, whatever v holds."""
-    finite = jnp.where(jnp.isfinite(v), v, 0.0)
-    out = jnp.einsum("hts,shd->htd", p, finite, precision="highest")
+    finite = jnp.isfinite(v)
+    out = jnp.einsum("hts,shd->htd", p, jnp.where(finite, v, 0.0), precision="highest")
+    if not v.shape[0]:
+        return out
 
-    def reached(weight: jax.Array, where: jax.Array) -> jax.Array:
-        weight = jnp.broadcast_to(weight, p.shape).astype(p.dtype)
-        return jnp.einsum("hts,shd->htd", weight, where.astype(p.dtype), precision="highest") > 0
+    def add_nonfinite(key: jax.Array, out: jax.Array) -> jax.Array:
+        there = seen[:, key, None] & ~finite[key][:, None]  # [H, T, D]
+        return out + jnp.where(there, p[..., key, None] * v[key][:, None], 0.0)
 
-    nan = reached(seen, jnp.isnan(v)) | reached(seen & (p == 0), jnp.isinf(v))
-    out = out + jnp.where(reached(p > 0, v == jnp.inf), jnp.inf, 0.0)
-    out = out + jnp.where(reached(p > 0, v == -jnp.inf), -jnp.inf, 0.0)
-    return jnp.where(nan, jnp.nan, out)
+    return jax.lax.fori_loop(0, jnp.where(jnp.all(finite), 0, v.shape[0]), add_nonfinite, out)
 
 
 def merge_initial_state(arrays: Any, inside: jax.Array, out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:

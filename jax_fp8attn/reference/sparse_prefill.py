@@ -1,13 +1,15 @@
-"""Oracle of ``sparse_prefill``: dense attention over the whole of both pools, each row weighted by how often it is listed."""
+"""Oracle of ``sparse_prefill``: dense attention over both pools, each row weighted by how often it is listed."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_fp8attn.folding import as_varying
 from jax_fp8attn.latent import Fp8Latent, dequantize_latent
 from jax_fp8attn.reference.precision import exact_float
 
@@ -32,20 +34,37 @@ def emulated(problem: Any, arrays: Any) -> tuple[jax.Array, jax.Array]:
 
 def attend(problem: Any, arrays: Any, half: Any = None) -> tuple[jax.Array, jax.Array]:
     """The unrounded result [T, H, 512] and its lse [H, T]. ``half``: the dtype in which a kernel multiplies."""
-    rounded = (lambda x: x) if half is None else (lambda x: x.astype(half).astype(x.dtype))
+    rounded = _rounding(half)
+    exact = exact_float()
     pools = [pool for pool in (arrays.prefix, arrays.extend) if pool is not None]
     pool_rows = [rounded(_rows(pool.rows)) for pool in pools]
-    q, rows = rounded(_rows(arrays.q)), jnp.concatenate(pool_rows)  # [T, H, 512], [P + S, 512]
-    instance = jnp.arange(problem.tokens) // max(problem.tokens // problem.instances, 1)
+    rows = jnp.concatenate(pool_rows)  # [P + S, 512]
+    scale, sink = (
+        None if x is None else _per_token(problem, x.astype(exact)) for x in (arrays.softmax_scale, arrays.sink)
+    )
 
-    def token(t: jax.Array) -> tuple[jax.Array, jax.Array]:
-        counts = [_count(len(r), pool.indices, pool.start[t], pool.end[t]) for r, pool in zip(pool_rows, pools)]
-        scale = arrays.softmax_scale[instance[t]].astype(rows.dtype)
-        sink = None if arrays.sink is None else arrays.sink[instance[t]].astype(rows.dtype)
-        return _softmax(q[t], rows, jnp.concatenate(counts), scale, sink, rounded)
+    def token(x: Any) -> tuple[jax.Array, jax.Array]:
+        q, lists, scale, sink = x
+        counts = [
+            _count(len(own), pool.indices, start, end)
+            for own, pool, (start, end) in zip(pool_rows, pools, lists, strict=True)
+        ]
+        return _softmax(q, rows, jnp.concatenate(counts), scale, sink, rounded)
 
-    out, lse = lax.map(token, jnp.arange(problem.tokens))
+    out, lse = lax.map(token, (rounded(_rows(arrays.q)), [(pool.start, pool.end) for pool in pools], scale, sink))
     return out, lse.T
+
+
+def _rounding(half: Any) -> Callable[[jax.Array], jax.Array]:
+    if half is None:
+        return lambda x: x
+    # a cast there and back may be optimised away, this is not
+    return lambda x: lax.reduce_precision(x, jnp.finfo(half).nexp, jnp.finfo(half).nmant)
+
+
+def _per_token(problem: Any, x: jax.Array) -> jax.Array:
+    """[instances, ...] -> [T, ...]."""
+    return jnp.repeat(x, problem.tokens // problem.instances, axis=0)
 
 
 def _rows(x: Any) -> jax.Array:
@@ -62,7 +81,7 @@ def _count(rows: int, indices: jax.Array, start: jax.Array, end: jax.Array) -> j
         valid = (index >= 0) & (index < rows)
         return count.at[jnp.where(valid, index, 0)].add(valid)
 
-    return lax.fori_loop(start, end, add, jnp.zeros(rows, jnp.int32))
+    return lax.fori_loop(start, end, add, as_varying(jnp.zeros(rows, jnp.int32), (indices, start, end)))
 
 
 def _softmax(

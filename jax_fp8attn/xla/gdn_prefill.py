@@ -426,10 +426,7 @@ def vjp(problem: GdnProblem, arrays: GdnArrays, cotangents: Any) -> GdnArrays:
     gradients = _as_varying(_gradient_buffers(problem, arrays, cotangents), arrays)
     if problem.max_chunks:
         gradients = _reverse_blocks(problem, arrays, cotangents, gradients)
-    return jax.tree.map(_summed_like, gradients, given._replace(**dict.fromkeys(_INTEGERS)))
-
-
-_INTEGERS = ("start", "length", "chunk_sequence", "chunk_index")
+    return jax.tree.map(_summed_like, gradients, given.floats())
 
 
 def _summed_like(gradient: jax.Array, primal: jax.Array) -> jax.Array:
@@ -448,15 +445,13 @@ def _sort_cotangents(problem: GdnProblem, cotangents: Any) -> _Results:
 
 def _gradient_buffers(problem: GdnProblem, arrays: GdnArrays, cotangents: _Results) -> GdnArrays:
     """Zeros; the final state of an empty sequence is its initial state."""
-    zeros = jax.tree.map(jnp.zeros_like, arrays._replace(**dict.fromkeys(_INTEGERS)))
+    zeros = jax.tree.map(jnp.zeros_like, arrays.floats())
     if problem.has_initial_state and problem.return_final_state:
         zeros = zeros._replace(initial_state=cotangents.final)
     return zeros
 
 
-def _reverse_blocks(
-    problem: GdnProblem, arrays: GdnArrays, cotangents: _Results, gradients: GdnArrays
-) -> GdnArrays:
+def _reverse_blocks(problem: GdnProblem, arrays: GdnArrays, cotangents: _Results, gradients: GdnArrays) -> GdnArrays:
     blocks = _blocks(problem, arrays)
     start = _as_varying(_start_state(problem), arrays)
     states = jnp.zeros_like(start, shape=(blocks.sequence.shape[0], *start.shape))
@@ -481,9 +476,7 @@ def _reverse_blocks(
     return lax.fori_loop(jnp.int32(0), blocks.used, backward, (jnp.zeros_like(start), gradients))[1]
 
 
-def _load_cotangents(
-    problem: GdnProblem, cotangents: _Results, places: _Places
-) -> tuple[jax.Array | None, jax.Array]:
+def _load_cotangents(problem: GdnProblem, cotangents: _Results, places: _Places) -> tuple[jax.Array | None, jax.Array]:
     """Of a block's output rows [n, 64, H, V] and of the states after its chunks [n, H, K, V], float32."""
     rows = None
     if not problem.transition:
@@ -496,9 +489,7 @@ def _load_cotangents(
     return rows, after
 
 
-def _store_gradients(
-    problem: GdnProblem, gradients: GdnArrays, places: _Places, operands: _Operands
-) -> GdnArrays:
+def _store_gradients(problem: GdnProblem, gradients: GdnArrays, places: _Places, operands: _Operands) -> GdnArrays:
     tokens = {
         name: _put_tokens(getattr(gradients, name), places, getattr(operands, name))
         for name in ("q", "k", "v", "g", "beta")

@@ -229,16 +229,9 @@ def weighted_values(p: jax.Array, seen: jax.Array, v: jax.Array) -> jax.Array:
     finite = jnp.isfinite(v)
     out = _einsum("hqk,khd->hqd", p, jnp.where(finite, v, 0.0))
 
-    def with_nonfinite(out: jax.Array) -> jax.Array:
+    def add_nonfinite(key: jax.Array, out: jax.Array) -> jax.Array:
         """0 * inf and NaN of seen keys as IEEE has them."""
+        there = seen[:, key, None] & ~finite[key][:, None]  # [H, Q, D]
+        return out + jnp.where(there, p[..., key, None] * v[key][:, None], 0.0)
 
-        def reached(weight: jax.Array, where: jax.Array) -> jax.Array:
-            weight = jnp.broadcast_to(weight, p.shape).astype(jnp.float32)
-            return _einsum("hqk,khd->hqd", weight, where.astype(jnp.float32)) > 0
-
-        nan = reached(seen, jnp.isnan(v)) | reached(seen & (p == 0), jnp.isinf(v))
-        out = out + jnp.where(reached(p > 0, jnp.isposinf(v)), jnp.inf, 0.0)
-        out = out + jnp.where(reached(p > 0, jnp.isneginf(v)), -jnp.inf, 0.0)
-        return jnp.where(nan, jnp.nan, out)
-
-    return lax.cond(jnp.all(finite), lambda out: out, with_nonfinite, out)
+    return lax.fori_loop(0, jnp.where(jnp.all(finite), 0, v.shape[0]), add_nonfinite, out)

@@ -1,4 +1,4 @@
-"""``sparse_prefill`` in jax.numpy: tiles of tokens and list entries, an online softmax, rows dequantised as they are gathered."""
+"""``sparse_prefill`` in jax.numpy: tiles of tokens and entries, an online softmax, rows dequantised when gathered."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_fp8attn.dispatch import Device
+from jax_fp8attn.folding import as_varying
 from jax_fp8attn.latent import Fp8Latent, dequantize_latent
 from jax_fp8attn.problems import SparseArrays, SparsePool, SparseProblem
 
@@ -41,7 +42,7 @@ def run(problem: SparseProblem, arrays: SparseArrays) -> Any:
     out = jnp.zeros((rows, problem.heads, problem.width), problem.out_dtype)
     lse = jnp.zeros((rows, problem.heads), jnp.float32)
     if tokens:
-        out, lse = lax.fori_loop(0, -(-tokens // TOKENS), block, (out, lse))
+        out, lse = lax.fori_loop(0, -(-tokens // TOKENS), block, as_varying((out, lse), arrays))
     return (out[:tokens], lse[:tokens].T) if problem.return_lse else out[:tokens]
 
 
@@ -51,6 +52,7 @@ def _attend(problem: SparseProblem, arrays: SparseArrays, token: jax.Array) -> t
     q, scale = _take(arrays.q, token), arrays.softmax_scale[instance]
     shape = q.shape[:-1]
     state = Softmax(jnp.full(shape, -jnp.inf, q.dtype), jnp.zeros(shape, q.dtype), jnp.zeros(q.shape, q.dtype))
+    state = as_varying(state, arrays)
     for pool in (arrays.prefix, arrays.extend):
         if pool is not None:
             state = _add_rows(q, scale, pool, token, state)
