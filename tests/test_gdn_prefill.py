@@ -765,8 +765,7 @@ def test_states_keep_the_dtype_of_the_initial_state(implementation, dtype):
 def test_out_dtype_saves_what_float16_cannot_hold(implementation):
     """The state is not normalised: o passes 65504."""
     case = cases.random_case([70], dtype="float16", state=1e6)
-    args, kwargs = case.tensors(), dict(initial_state=case.state(), implementation=implementation)
-    wide = gdn_prefill(*args, **kwargs, out_dtype=jnp.float32)[0]
+    wide = run(case, implementation, checkpoint_every=0, out_dtype=jnp.float32)[0]
     assert wide.dtype == jnp.float32 and np.isinf(wide.astype(jnp.float16)).any()
     testing.assert_relative_error(wide, cases.oracle(case)[0], 1e-4)
 
@@ -801,10 +800,11 @@ def test_l2norm_adds_eps_to_the_sum(implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_results_follow_the_static_options(implementation):
     case = cases.random_case([70], state=0)
-    call = functools.partial(gdn_prefill, *case.tensors(), implementation=implementation)
-    both = call()
-    assert isinstance(both, tuple) and isinstance(call(return_final_state=False), jax.Array)
-    o, checkpoints = call(return_final_state=False, checkpoint_every=64)
+    call = functools.partial(gdn_prefill, implementation=implementation)
+    shapes = [x.shape for x in jax.eval_shape(call, *case.tensors())]
+    assert shapes == [(70, 4, 48), (1, 4, 48, 32)]
+    assert jax.eval_shape(functools.partial(call, return_final_state=False), *case.tensors()).shape == shapes[0]
+    o, checkpoints = run(case, implementation, return_final_state=False)
     cases.assert_matches(in_kv((o, checkpoints)), cases.oracle(case, every=64)[::2], case.cu, F32)
 
 
@@ -814,7 +814,8 @@ def test_gates_are_raised_to_float32(implementation):
     qkv, gates = case.tensors()[:3], case.tensors()[3:]
     half = [jnp.asarray(x, jnp.bfloat16) for x in gates]
     raised = [x.astype(jnp.float32) for x in half]
-    one, two = (gdn_prefill(*qkv, *x, implementation=implementation) for x in (half, raised))
+    call = quick_jit(functools.partial(gdn_prefill, implementation=implementation))
+    one, two = (call(*qkv, *x) for x in (half, raised))
     testing.assert_bitwise_equal(one, two)
 
 
@@ -823,8 +824,8 @@ def test_the_batched_form(implementation):
     """[n, T, H, D] is n sequences of T tokens."""
     case = cases.random_case([70] * 3)
     split = [x.reshape(3, 70, *x.shape[1:]) for x in case.tensors()]
-    options = dict(initial_state=case.state(), checkpoint_every=64, implementation=implementation)
-    o, final, checkpoints = gdn_prefill(*split, **options)
+    call = functools.partial(gdn_prefill, checkpoint_every=64, implementation=implementation)
+    o, final, checkpoints = quick_jit(lambda state, *x: call(*x, initial_state=state))(case.state(), *split)
     assert checkpoints.shape == (3, 1, 4, 48, 32)
     got = in_kv((o.reshape(210, 4, 48), final, checkpoints[:, 0]))
     cases.assert_matches(got, cases.oracle(case, every=64), case.cu, F32)
@@ -1433,7 +1434,7 @@ def test_the_memory_of_one_call_is_bounded():
     """R23: temporaries are one copy of the largest input and a few blocks of chunks."""
     shapes = [(32768, 2, 128), (32768, 2, 128), (32768, 8, 128), (32768, 8), (32768, 8)]
     args = [jax.ShapeDtypeStruct(s, jnp.float32 if len(s) == 2 else jnp.bfloat16) for s in shapes]
-    analysis = jax.jit(gdn_prefill).lower(*args).compile().memory_analysis()
+    analysis = quick_jit(gdn_prefill).lower(*args).compile().memory_analysis()
     assert analysis.temp_size_in_bytes < 160 * 2**20, analysis
 
 

@@ -647,11 +647,9 @@ class TestQuantised:
         merged = merge_attn_states(*s, implementation=implementation)
         np.testing.assert_array_equal(fp8_bytes(out.values), oracle.per_tensor(merged, scale))
 
-    def test_fnuz_output(self, implementation: str) -> None:
+    def test_fnuz_output(self) -> None:
         s = finite_states()
-        out = merge_attn_states(
-            *s, output_quant=Fp8PerTensor(2.0**-9, jnp.float8_e4m3fnuz), implementation=implementation
-        )
+        out = merge_attn_states(*s, output_quant=Fp8PerTensor(2.0**-9, jnp.float8_e4m3fnuz))
         assert out.dtype == jnp.float8_e4m3fnuz
         assert float(jnp.abs(out.values.astype(jnp.float32)).max()) == 240
 
@@ -884,7 +882,7 @@ class TestTransforms:
         assert_lse_close(result[1], looped[1])
         assert_rows_close(result[0], oracle.merge(outputs, lses)[0], worst=2e-6)
 
-    def test_vmap_over_scan(self, implementation: str) -> None:
+    def test_vmap_over_scan(self) -> None:
         """R16: a batch of accumulations, the merge folded inside the loop."""
         s = [[exact_states(seed=3 * b + n) for n in range(3)] for b in range(2)]
         outputs = np.stack([[x.prefix_output for x in row] for row in s])
@@ -892,7 +890,7 @@ class TestTransforms:
 
         def accumulate(outputs: Any, lses: Any) -> Any:
             def step(carry: Any, chunk: Any) -> tuple[Any, None]:
-                return merge_attn_states(*carry, *chunk, return_lse=True, implementation=implementation), None
+                return merge_attn_states(*carry, *chunk, return_lse=True), None
 
             return jax.lax.scan(step, (jnp.zeros((T, H, D)), jnp.full((H, T), -INF)), (outputs, lses))[0]
 
@@ -909,16 +907,16 @@ class TestTransforms:
         for n in range(3):
             assert_bitwise_equal(at(result, n), merge_attn_states(*s[n], output_quant=spec))
 
-    def test_remat(self, implementation: str) -> None:
+    def test_remat(self) -> None:
         """R16: jax.checkpoint around a forward pass."""
         s = exact_states()
-        run = lambda *four: merge_attn_states(*four, output_scale=0.05, implementation=implementation)
+        run = lambda *four: merge_attn_states(*four, output_scale=0.05)
         assert_bitwise_equal(jax.jit(jax.checkpoint(run))(*s), run(*s))
 
-    def test_donation(self, implementation: str) -> None:
+    def test_donation(self) -> None:
         """Group 12: the output may take the prefix's memory, with the same bits."""
         s = exact_states()
-        run = lambda *four: merge_attn_states(*four, return_lse=True, implementation=implementation)
+        run = lambda *four: merge_attn_states(*four, return_lse=True)
         expected = run(*s)
         donated = jax.jit(run, donate_argnums=(0, 1))
         arguments = [jnp.array(x) for x in s]

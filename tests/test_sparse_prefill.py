@@ -436,16 +436,16 @@ def test_small_zero_and_uneven_rows(implementation: str) -> None:
     case.but(prefix=rows).check(implementation, worst=2 * EXACT)
 
 
-def test_scale_dtypes_agree_bitwise(implementation: str) -> None:
+def test_scale_dtypes_agree_bitwise() -> None:
     """R7: float32, uint8 and float8_e8m0fnu scales, 14 different ones a row, in q and in the pool."""
     case = prefix_only(33)
     x = np.asarray(normal(33, P, 512)).astype(np.float32)
     x[:, :448] *= np.repeat(np.exp2(np.arange(14) % 5 - 2), 32)
+    stored = [quantize(y, group=32, scale_dtype="uint8") for y in (jnp.asarray(x), normal(34, T, H, 512))]
     results = []
     for dtype in ("float32", "uint8", "float8_e8m0fnu"):
-        rows = quantize(jnp.asarray(x), group=32, scale_dtype=dtype)
-        q = quantize(normal(34, T, H, 512), group=32, scale_dtype=dtype)
-        results.append(case.but(q=q, prefix=rows).check(implementation))
+        rows, q = (y.with_scale_dtype(dtype) for y in stored)
+        results.append(case.but(q=q, prefix=rows).check())
     assert_bitwise_equal(results[1], results[0])
     assert_bitwise_equal(results[2], results[0])
 
@@ -812,13 +812,15 @@ def test_inside_scan_cond_and_remat() -> None:
 
 NAMES = ("q", "prefix", "prefix_indices", "prefix_indptr", "extend", "extend_indices", "extend_indptr", "scale", "sink")
 SUBSETS = [
-    *[(name,) for name in ("q", "prefix", "prefix_indices", "prefix_indptr", "scale", "sink")],
+    *[(name,) for name in ("q", "prefix", "prefix_indices", "sink")],
+    ("prefix_indptr", "scale"),
     NAMES,
     ("extend", "extend_indptr", "sink"),
 ]
 MORE_SUBSETS = [
     tuple(n for n, keep in zip(NAMES, bits, strict=True) if keep)
     for bits in np.random.default_rng(0).integers(0, 2, (30, 9))
+    if bits.any()
 ]
 
 
@@ -1027,14 +1029,14 @@ def test_stored_formats_give_the_same_bits(page_size: int) -> None:
     assert_bitwise_equal(case.but(prefix=rows, extend=extend).run(), expected)
 
 
-def test_dequantising_first_gives_the_same_bits(implementation: str) -> None:
+def test_dequantising_first_gives_the_same_bits() -> None:
     """FP8 rows and q, fused, equal the same numbers in bf16; bf16 q that FP8 can represent gives the bits of FP8 q."""
     case = prefix_only(92).but(q=quantize(normal(92, T, H, 512)))
-    fused = case.run(implementation)
+    fused = case.run()
     to_bf16 = jax.jit(lambda x: x.dequantize(jnp.bfloat16))
     plain = case.but(q=to_bf16(case.q))
-    assert_bitwise_equal(plain.run(implementation), fused)
-    assert_bitwise_equal(plain.but(prefix=to_bf16(case.prefix)).run(implementation), fused)
+    assert_bitwise_equal(plain.run(), fused)
+    assert_bitwise_equal(plain.but(prefix=to_bf16(case.prefix)).run(), fused)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1377,7 +1379,9 @@ def test_ten_thousand_random_cases() -> None:
             )
             for i in range(instances)
         ]
-        assert_rows_close(out, np.stack([o for o, _ in expected]), 10 * EXACT)
+        # a sink far above the scores leaves results below float32's range: 0 there
+        out, want = (np.where(np.abs(x) < 1e-30, 0, x) for x in (np.asarray(out), np.stack([o for o, _ in expected])))
+        assert_rows_close(out, want, 10 * EXACT)
         assert_lse_close(lse, np.stack([s for _, s in expected]), 1e-4)
 
 
