@@ -153,7 +153,7 @@ def test_mixed_operands():
 SHAPES = [(1, 1, 1), (2, 1, 3), (63, 65, 1), (128, 128, 2), (129, 127, 2), (1, 300, 8)]
 
 
-@pytest.mark.parametrize("number,shape", enumerate(SHAPES))
+@pytest.mark.parametrize("number,shape", list(enumerate(SHAPES)))
 def test_shapes(number, shape):
     tokens, keys, heads = shape
     q, k, v = operands(tokens, keys, heads)
