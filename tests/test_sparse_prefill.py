@@ -661,7 +661,7 @@ def test_repeated_calls_and_donated_buffers() -> None:
 
 
 def test_many_blocks_repeat() -> None:
-    """R8: 512 blocks with mixed lengths, ten times."""
+    """R8: 512 blocks with mixed lengths, four times."""
     tokens = 8192
     rng = np.random.default_rng(62)
     lengths = jnp.asarray(np.where(rng.random(tokens) < 0.1, 8, rng.integers(0, 3, tokens)), jnp.int32)
