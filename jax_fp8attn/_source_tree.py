@@ -1,4 +1,4 @@
-"""Makes ``jax_fp8attn.pallas`` and ``jax_fp8attn.custom_calls`` importable from a bare checkout.
+"""Makes ``jax_fp8attn.pallas``, ``.custom_calls`` and ``.benchmarks`` importable from a bare checkout.
 
 They lie beside this package in the repository and inside it once installed. The finder is added only when no installed
 copy exists and the folder beside this package really is the repository.
@@ -14,17 +14,17 @@ from pathlib import Path
 from types import ModuleType
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
-_BACKENDS = ("pallas", "custom_calls")
+_FOLDERS = ("pallas", "custom_calls", "benchmarks")
 
 
 class _Finder:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        package, _, backend = name.partition(".")
-        if package != "jax_fp8attn" or backend not in _BACKENDS:
+        package, _, folder_name = name.partition(".")
+        if package != "jax_fp8attn" or folder_name not in _FOLDERS:
             return None
-        folder = _REPOSITORY / backend
+        folder = _REPOSITORY / folder_name
         return importlib.util.spec_from_file_location(
             name, folder / "__init__.py", submodule_search_locations=[str(folder)]
         )
@@ -32,8 +32,8 @@ class _Finder:
 
 def install() -> None:
     package = Path(__file__).resolve().parent
-    installed = any((package / backend / "__init__.py").exists() for backend in _BACKENDS)
-    repository = all((_REPOSITORY / backend / "__init__.py").exists() for backend in _BACKENDS)
+    installed = any((package / folder / "__init__.py").exists() for folder in _FOLDERS)
+    repository = all((_REPOSITORY / folder / "__init__.py").exists() for folder in _FOLDERS)
     ours = (_REPOSITORY / "pyproject.toml").exists()
     if not installed and repository and ours and not any(isinstance(f, _Finder) for f in sys.meta_path):
         sys.meta_path.append(_Finder())

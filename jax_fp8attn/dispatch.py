@@ -67,7 +67,7 @@ CANDIDATES: dict[str, tuple[Candidate, ...]] = {
         _absent("aiter", "the AITER call of mla_prefill"),
         _absent("flashinfer", "the FlashInfer call of mla_prefill"),
     ),
-    "merge_attn_states": _table("merge", _absent("pallas", "the Hopper kernel of merge_attn_states")),
+    "merge_attn_states": _table("merge", Candidate("pallas", "jax_fp8attn.pallas.merge_sm90", platforms=("cuda",))),
     "sparse_prefill": _table(
         "sparse_prefill",
         _absent("pallas", "the Hopper kernel of sparse_prefill"),
@@ -156,15 +156,17 @@ def _by_name(op: str, name: str) -> Candidate:
     return Candidate(name, None, missing=f"{op} has no implementation of that name")
 
 
+def _wished(op: str, names: tuple[str, ...] | None) -> list[Candidate]:
+    if names is None:
+        return [candidate for candidate in CANDIDATES[op] if candidate.name != "reference"]
+    return [_by_name(op, name) for name in names]
+
+
 def select(op: str, problem: Any, implementation: Implementation = None, device: Device | None = None) -> str:
     """The name of the implementation to run. Strict: a name runs or raises ``UnsupportedError`` with every reason."""
     device = device or current_device()
     names = wish_list(op, implementation)
-    candidates = (
-        [candidate for candidate in CANDIDATES[op] if candidate.name != "reference"]
-        if names is None
-        else [_by_name(op, name) for name in names]
-    )
+    candidates = _wished(op, names)
     reasons: dict[str, tuple[str, ...]] = {}
     for candidate in candidates:
         why = _reasons(candidate, problem, device)
@@ -174,6 +176,18 @@ def select(op: str, problem: Any, implementation: Implementation = None, device:
     asked = "automatic choice" if names is None else " or ".join(repr(name) for name in names)
     where = f"{device.platform} {device.kind}".rstrip()
     raise UnsupportedError(f"{op}: {asked} cannot serve this call on {where}:", reasons)
+
+
+def elsewhere(op: str, name: str, implementation: Implementation) -> str | None:
+    """What runs in place of ``name`` where the program ends up on another platform than it was traced for.
+
+    Arrays may live on a CPU beside a GPU, and an export may be for several platforms. None: ``name`` runs everywhere,
+    or the caller allows nothing else.
+    """
+    if not _by_name(op, name).platforms:
+        return None
+    candidates = _wished(op, wish_list(op, implementation))
+    return next((c.name for c in candidates if c.module is not None and not c.platforms), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,20 +311,33 @@ def call(op: Op, problem: Any, arrays: Any, implementation: Implementation, note
     """The one way from a public op to a backend: selects, then runs. ``notes`` are for ``explain``."""
     if _explaining.get():
         raise _Explained(explain_problem(op.name, problem, implementation, notes))
-    return execute(op, problem, select(op.name, problem, implementation), arrays)
+    name = select(op.name, problem, implementation)
+    return execute(op, problem, (name, elsewhere(op.name, name, implementation)), arrays)
 
 
-@functools.partial(jax.jit, static_argnames=("op", "problem", "name"), inline=True)
-def execute(op: Op, problem: Any, name: str, arrays: Any) -> Any:
-    """Runs implementation ``name`` under the op's batching and differentiation rules."""
-    with jax.named_scope(f"jax_fp8attn.{op.name}.{name}"):
-        return _with_derivative(op, problem, name)(op.prepare(problem, arrays))
+@functools.partial(jax.jit, static_argnames=("op", "problem", "names"), inline=True)
+def execute(op: Op, problem: Any, names: tuple[str, str | None], arrays: Any) -> Any:
+    """Runs an implementation under the op's batching and differentiation rules; the second name on other platforms."""
+    with jax.named_scope(f"jax_fp8attn.{op.name}.{names[0]}"):
+        return _with_derivative(op, problem, names)(op.prepare(problem, arrays))
 
 
-def _with_batching(op: Op, problem: Any, name: str) -> Callable[[Any], Any]:
+def _run(op: str, problem: Any, names: tuple[str, str | None], arrays: Any) -> Any:
+    chosen, other = (_by_name(op, name) if name else None for name in names)
+
+    def runner(candidate: Candidate) -> Callable[[Any], Any]:
+        return functools.partial(importlib.import_module(candidate.module).run, problem)
+
+    if other is None:
+        return runner(chosen)(arrays)
+    fast = dict.fromkeys(chosen.platforms, runner(chosen))
+    return jax.lax.platform_dependent(arrays, default=runner(other), **fast)
+
+
+def _with_batching(op: Op, problem: Any, names: tuple[str, str | None]) -> Callable[[Any], Any]:
     @custom_vmap
     def run(arrays: Any) -> Any:
-        return importlib.import_module(_by_name(op.name, name).module).run(problem, arrays)
+        return _run(op.name, problem, names, arrays)
 
     @run.def_vmap
     def _(size: int, batched: Sequence[Any], arrays: Any) -> tuple[Any, Any]:
@@ -318,7 +345,7 @@ def _with_batching(op: Op, problem: Any, name: str) -> Callable[[Any], Any]:
             result = _no_instances(run, arrays, batched[0])
             return result, jax.tree.map(lambda _: True, result)
         folded_problem, folded, unfold = op.fold(problem, arrays, size, batched[0])
-        result = unfold(_with_batching(op, folded_problem, name)(folded))
+        result = unfold(_with_batching(op, folded_problem, names)(folded))
         return result, jax.tree.map(lambda _: True, result)
 
     return run
@@ -330,8 +357,8 @@ def _no_instances(run: Callable[[Any], Any], arrays: Any, batched: Any) -> Any:
     return jax.tree.map(lambda x: jnp.zeros((0, *x.shape), x.dtype), jax.eval_shape(run, one))
 
 
-def _with_derivative(op: Op, problem: Any, name: str) -> Callable[[Any], Any]:
-    run = _with_batching(op, problem, name)
+def _with_derivative(op: Op, problem: Any, names: tuple[str, str | None]) -> Callable[[Any], Any]:
+    run = _with_batching(op, problem, names)
     if op.backward is not None:
         differentiable = jax.custom_vjp(run)
         differentiable.defvjp(

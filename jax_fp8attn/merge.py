@@ -31,6 +31,7 @@ def merge_attn_states(
     lse_base: Literal["e", "2"] = "e",
     return_lse: bool = False,
     out_dtype: Any = None,
+    in_place: bool = False,
     implementation: dispatch.Implementation = None,
 ) -> Output | tuple[Output, jax.Array]:
     """Merges two attention results over disjoint keys into the result over all of them.
@@ -43,6 +44,8 @@ def merge_attn_states(
     output_scale                  short for output_quant=Fp8PerTensor(output_scale)
     return_lse                    also return the merged lse, in the layout and base that came in
     out_dtype                     bf16, f16 or f32, default the input's; excludes output_quant
+    in_place                      the result takes the memory of prefix_output: for one that is donated or not used
+                                  again, others are copied first; needs the input's own type as output type
     implementation                None (fastest), a name, or names in order of preference
 
     Returns ``out`` or ``(out, lse)``; ``out`` is an array [T, H, D] or an ``Fp8Array``.
@@ -60,7 +63,7 @@ def merge_attn_states(
     context count, its own scale, and its own padding of the scale buffer. No derivative.
     """
     op = "merge_attn_states"
-    options = Options(output_quant, output_scale, lse_layout, lse_base, return_lse, out_dtype)
+    options = Options(output_quant, output_scale, lse_layout, lse_base, return_lse, out_dtype, in_place)
     outputs = {"prefix_output": prefix_output, "suffix_output": suffix_output}
     lses = {"prefix_lse": prefix_lse, "suffix_lse": suffix_lse}
     problem, arrays = _problem(op, outputs, lses, options, prefill_tokens_with_context)
@@ -130,6 +133,7 @@ class Options:
     lse_base: Any
     return_lse: Any
     out_dtype: Any
+    in_place: Any = False
 
 
 def _problem(
@@ -153,6 +157,10 @@ def _problem(
     lse_list = [_lse(op, name, lse, options.lse_layout, stack, sizes) for name, lse in lses.items()]
     quant, scale = _output_quant(op, options, width)
     out_dtype = dtype if options.out_dtype is None else checks.float_dtype(op, "out_dtype", options.out_dtype)
+    checks.flag(op, "in_place", options.in_place)
+    if options.in_place and (quant is not None or out_dtype != dtype):
+        what = "with output_quant" if quant is not None else f"with {out_dtype} from {dtype}"
+        raise checks.invalid(op, "in_place", f"True {what}", "False, or the input's own type as output type")
 
     problem = MergeProblem(
         states=stack[0] if stacked else len(states),
@@ -167,6 +175,7 @@ def _problem(
         lse_base=options.lse_base,
         context_count=count is not None,
         stacked=stacked,
+        in_place=bool(options.in_place),
     )
     count = _context_count(op, count, tokens)
     if stacked:

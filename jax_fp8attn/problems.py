@@ -34,6 +34,7 @@ class MergeProblem:
     context_count: bool = False  # tokens past it take the last state alone
     stacked: bool = False  # the states come as one array with a leading axis
     instances: int = 1
+    in_place: bool = False  # the result takes the memory of the first state
 
 
 class MergeArrays(NamedTuple):

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -19,13 +20,14 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jax_fp8attn.pallas.common import rows
-from jax_fp8attn.pallas.common.backend import store
+from jax_fp8attn.pallas.common.backend import store, to_e4m3, varying_like
 
 from jax_fp8attn.dispatch import Device
 from jax_fp8attn.problems import MergeArrays, MergeProblem
 from jax_fp8attn.quantize import E4M3, FP8_MAX, Fp8Array, Fp8PerGroup, Fp8PerTensor
 
 LN2 = math.log(2.0)
+TINY = 2.0**-126  # the smallest normal float32: what lies below may have been flushed to zero
 SMALLEST_BYTE = 94  # 2^-33, the power of two above quantize.SCALE_FLOOR
 WIDEST_ROW = 128
 
@@ -36,17 +38,21 @@ class MergeConfig:
 
     width   columns of a row, a power of two; the quantisation group if there is one
     vector  columns a lane holds
-    rows    rows of columns that one block merges after each other: four where a block writes packed scales
+    rows    rows of columns that one block merges: four where a block writes packed scales
+    ahead   of these, rows whose loads are issued before the first store
     """
 
     width: int
     vector: int
     rows: int = 1
+    ahead: int = 1
 
     def __post_init__(self) -> None:
         lanes = self.width // self.vector
         if self.width & (self.width - 1) or self.vector & (self.vector - 1) or not 2 <= lanes <= 32:
             raise ValueError(f"a row of {self.width} columns does not fit {self.vector} columns a lane: {self}")
+        if not 1 <= self.ahead <= self.rows:
+            raise ValueError(f"1 to {self.rows} rows can be loaded ahead: {self}")
 
     @property
     def tokens(self) -> int:
@@ -54,12 +60,45 @@ class MergeConfig:
         return rows.rows_per_step(self.width, self.vector)
 
 
+# elements of a problem (T * H * D): few columns a lane where latency decides, more where the memory does
+TINY_PROBLEM, SMALL_PROBLEM, MIDDLE_PROBLEM, LARGE_PROBLEM = 2**16, 2**19, 2**21, 2**24
+
+
 def default_config(problem: MergeProblem) -> MergeConfig:
-    """Measured on an H200: 16 tokens of 128 columns, 16 columns a lane (docs/performance.md)."""
-    quant = problem.output_quant
-    width = quant.group_size if isinstance(quant, Fp8PerGroup) else min(WIDEST_ROW, problem.width & -problem.width)
-    packed = isinstance(quant, Fp8PerGroup) and quant.scale_layout == "col_tma_packed"
-    return MergeConfig(width, min(16, width // 2), 4 if packed else 1)
+    """The fastest on an H200 of those measured (docs/performance.md)."""
+    elements = problem.tokens * problem.heads * problem.width
+    if isinstance(problem.output_quant, Fp8PerGroup):
+        return _group_config(problem, problem.output_quant, elements)
+    width = min(WIDEST_ROW, problem.width & -problem.width)
+    vector = 4 if elements <= TINY_PROBLEM else 8
+    if elements >= LARGE_PROBLEM and width == WIDEST_ROW and problem.output_quant and problem.dtype.itemsize == 2:
+        vector = 16
+    return MergeConfig(width, min(vector, width // 2))
+
+
+def _group_config(problem: MergeProblem, quant: Fp8PerGroup, elements: int) -> MergeConfig:
+    """A block takes the 128 columns of a head at once, or the four groups of a packed word."""
+    width, packed, row_major = quant.group_size, quant.scale_layout == "col_tma_packed", quant.scale_layout == "row"
+    small = elements <= SMALL_PROBLEM
+    if width == 32:
+        vector = 4
+    elif width == 64:
+        vector = 4 if elements <= MIDDLE_PROBLEM else 8
+    elif packed:
+        vector = 4 if small else 8 if elements <= 2 * MIDDLE_PROBLEM else 16
+    else:
+        vector = 8 if elements <= MIDDLE_PROBLEM else 16
+    vector = min(vector, 16 * 2 // problem.dtype.itemsize)
+    if packed:
+        rows_a_block = 4
+    elif width == WIDEST_ROW:
+        rows_a_block = 2 if row_major and elements > MIDDLE_PROBLEM else 1
+    else:
+        rows_a_block = WIDEST_ROW // width
+    rows_a_block = min(rows_a_block, problem.heads * problem.width // width) or 1
+    registers = problem.states * vector * problem.dtype.itemsize // 4
+    most = 1 if width == WIDEST_ROW and not packed else 4 if small else 2
+    return MergeConfig(width, vector, rows_a_block, ahead=min(rows_a_block, most, max(1, 32 // registers)))
 
 
 def supports(problem: MergeProblem, device: Device) -> tuple[str, ...]:
@@ -80,11 +119,16 @@ def run(problem: MergeProblem, arrays: MergeArrays) -> Any:
 def build(problem: MergeProblem, config: MergeConfig, interpret: Any = None) -> Callable[[MergeArrays], Any]:
     """The op for one problem as a function of its arrays."""
     kernel = _Kernel(problem, config)
+    if kernel.packed and config.rows != 4 and config.rows < kernel.total_rows:
+        raise ValueError(f"a packed word holds the scales of four rows: {config}")
+    if problem.in_place and kernel.total_rows % config.rows:
+        raise ValueError(f"in place, the rows of a block must divide {kernel.total_rows}: {config}")
 
+    @jax.enable_x64(False)
     def op(arrays: MergeArrays) -> Any:
         if not problem.tokens or not problem.heads:
             return kernel.result(arrays, *(jnp.zeros(s.shape, s.dtype) for s in kernel.out_types()))
-        return kernel.result(arrays, *kernel.call(arrays, interpret))
+        return kernel.result(arrays, *varying_like(arrays, kernel.call(arrays, interpret)))
 
     return op
 
@@ -116,6 +160,19 @@ class _Tile:
     def span(self) -> Any:
         return pl.ds(self.first, self.tokens)
 
+    def spread(self, x: Any, width: int) -> Any:
+        """[tokens] to [tokens, width]."""
+        return plgpu.layout_cast(lax.broadcast_in_dim(x, (self.tokens, width), [0]), self.layout)
+
+
+class _Row(NamedTuple):
+    """One row of columns of a tile, as loaded."""
+
+    index: Any
+    head: Any
+    lses: list[Any]  # of the states, [tokens]
+    states: list[Any]  # [tokens, width]
+
 
 @dataclasses.dataclass(frozen=True)
 class _Kernel:
@@ -131,6 +188,10 @@ class _Kernel:
         return isinstance(self.quant, Fp8PerGroup)
 
     @property
+    def packed(self) -> bool:
+        return self.per_group and self.quant.scale_layout == "col_tma_packed"
+
+    @property
     def total_rows(self) -> int:
         """Rows of columns of one token."""
         return self.problem.heads * self.problem.width // self.config.width
@@ -144,9 +205,8 @@ class _Kernel:
         dtype = problem.out_dtype if self.quant is None else E4M3
         types = [jax.ShapeDtypeStruct((problem.tokens, self.total_rows, self.config.width), dtype)]
         if self.per_group:
-            packed = self.quant.scale_layout == "col_tma_packed"
             shape = self.quant.scale_shape(problem.tokens, self.total_rows)
-            types.append(jax.ShapeDtypeStruct(shape, jnp.int32 if packed else jnp.float32))
+            types.append(jax.ShapeDtypeStruct(shape, jnp.int32 if self.packed else jnp.float32))
         if problem.return_lse:
             shape = (problem.heads, problem.tokens)
             types.append(jax.ShapeDtypeStruct(shape if problem.lse_layout == "HT" else shape[::-1], jnp.float32))
@@ -160,20 +220,27 @@ class _Kernel:
         else:
             outputs, lses = [o.reshape(view) for o in arrays.outputs], list(arrays.lses)
         scalars = [x for x in (arrays.context_count, arrays.output_scale) if x is not None]
-        blocks = problem.instances * sum(self._tiles()) * self._row_blocks
         options = {} if interpret is None else {"interpret": interpret}
 
         def fp8attn_merge_sm90(*refs: Any) -> None:
             self._body(len(outputs), *refs)
 
-        return plgpu.kernel(
-            fp8attn_merge_sm90,
-            out_type=self.out_types(),
-            grid=(blocks,),
-            grid_names=("block",),
-            compiler_params=plgpu.CompilerParams(approx_math=True),
-            **options,
-        )(*outputs, *lses, *scalars)
+        def kernel(out_type: list[Any], *operands: Any) -> Any:
+            return plgpu.kernel(
+                fp8attn_merge_sm90,
+                out_type=out_type,
+                grid=(problem.instances * sum(self._tiles()) * self._row_blocks,),
+                grid_names=("block",),
+                # without barriers a warp may overwrite what another one, which holds the same row, has yet to read
+                compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=not problem.in_place),
+                **options,
+            )(*operands)
+
+        if not problem.in_place:
+            return kernel(self.out_types(), *outputs, *lses, *scalars)
+        others = [lax.empty(s.shape, s.dtype) for s in self.out_types()[1:]]
+        run = pl.run_state(lambda refs: kernel([], refs[0], *outputs[1:], *lses, *scalars, *refs[1:]))
+        return list(run((outputs[0], *others)))
 
     def result(self, arrays: MergeArrays, values: jax.Array, *others: jax.Array) -> Any:
         problem, others = self.problem, list(others)
@@ -183,8 +250,7 @@ class _Kernel:
         elif self.quant is not None:
             scale = arrays.output_scale
             out = Fp8Array(out, scale[0] if problem.instances == 1 else scale, self.quant, problem.tokens)
-        lse = others.pop(0) if problem.return_lse else None
-        return (out, lse) if problem.return_lse else out
+        return (out, others.pop(0)) if problem.return_lse else out
 
     def _tiles(self) -> tuple[int, int]:
         """Full tiles and single tokens of an instance."""
@@ -200,7 +266,7 @@ class _Kernel:
         pick = (lambda some: lambda n: some[0].at[n]) if problem.stacked else (lambda some: lambda n: some[n])
         count = rest.pop(0) if problem.context_count else None
         scale = rest.pop(0) if isinstance(self.quant, Fp8PerTensor) else None
-        out = rest.pop(0)
+        out = outputs[0] if problem.in_place else rest.pop(0)
         out_scales = rest.pop(0) if self.per_group else None
         return _Refs(pick(outputs), pick(lses), count, scale, out, out_scales, rest.pop(0) if rest else None)
 
@@ -224,73 +290,83 @@ class _Kernel:
             pl.when(rest == problem.instances * (full + single) - 1)(lambda: self._zero_padding(gmem, row_block))
 
     def _merge_tile(self, gmem: _Refs, tile: _Tile, row_block: Any) -> None:
-        config = self.config
-        word = jnp.zeros((tile.tokens,), jnp.int32) if config.rows > 1 else None
-        whole, left = divmod(self.total_rows, config.rows)
+        """Merges the rows of columns of one block; packs their scales into a word a token if the layout asks for it."""
+        inverse = None if gmem.scale is None else 1.0 / gmem.scale[tile.instance]
+        word = None
+        for start in range(0, self.config.rows, self.config.ahead):
+            places = range(start, min(start + self.config.ahead, self.config.rows))
+            loaded = [self._load_row(gmem, tile, self._row(row_block, k)) for k in places]
+            for k, row in zip(places, loaded, strict=True):
+                byte = self._merge_row(gmem, tile, row, inverse)
+                if self.packed:
+                    there = (row_block * self.config.rows + k < self.total_rows).astype(jnp.int32)
+                    byte = byte * (there << (8 * k))
+                    word = byte if word is None else word | byte
+        if self.packed:
+            store(gmem.out_scales.at[row_block, tile.span], word)
 
-        def some_rows(count: int) -> None:
-            packed = word
-            for k in range(count):
-                byte = self._merge_row(gmem, tile, row_block * config.rows + k)
-                if packed is not None:
-                    packed = byte if k == 0 else packed | (byte << (8 * k))
-            if packed is not None:
-                store(gmem.out_scales.at[row_block, tile.span], packed)
+    def _row(self, row_block: Any, k: int) -> Any:
+        """The k-th row of a block; behind the last row the last one once more, which writes the same bytes again."""
+        row = row_block * self.config.rows + k
+        return row if self.total_rows % self.config.rows == 0 else jnp.minimum(row, self.total_rows - 1)
 
-        if not left:
-            some_rows(config.rows)
-        else:
-            pl.when(row_block < whole)(lambda: some_rows(config.rows))
-            pl.when(row_block == whole)(lambda: some_rows(left))
-
-    def _merge_row(self, gmem: _Refs, tile: _Tile, row: Any) -> Any:
-        """Merges [tokens, width]; returns the UE8M0 bytes where the caller packs them."""
-        problem = self.problem
+    def _load_row(self, gmem: _Refs, tile: _Tile, row: Any) -> _Row:
         head = lax.div(row, self.rows_a_head)
-        weights, lse = self._weights(gmem, tile, head)
-        out = None
-        for n, weight in enumerate(weights):
-            state = plgpu.load(gmem.outputs(n).at[tile.span, row], layout=tile.layout, optimized=False)
-            part = _weighted(weight, state.astype(jnp.float32))
-            out = part if out is None else out + part
-        if problem.return_lse:
-            self._store_lse(gmem, tile, head, lse)
-        target = gmem.out.at[tile.span, row]
+        lses, states = [], []
+        for n in range(self.problem.states):
+            lses.append(self._load_lse(gmem.lses(n), tile, head))
+            states.append(plgpu.load(gmem.outputs(n).at[tile.span, row], layout=tile.layout, optimized=False))
+        return _Row(row, head, lses, states)
+
+    def _merge_row(self, gmem: _Refs, tile: _Tile, row: _Row, inverse: Any) -> Any:
+        """Merges [tokens, width]; returns the UE8M0 bytes [tokens] of the groups, if there are any."""
+        weights, absent, lse = self._weights(gmem, tile, row.lses)
+        absent = tile.spread(absent, self.config.width)
+        parts = []
+        for weight, state in zip(weights, row.states, strict=True):
+            weight = tile.spread(weight, self.config.width)
+            parts.append(jnp.where(weight < TINY, absent, state.astype(jnp.float32) * weight))
+        out = functools.reduce(jnp.add, parts)
+        if self.problem.return_lse:
+            first = lax.rem(row.index, self.rows_a_head) == 0
+            pl.when(first)(lambda: self._store_lse(gmem, tile, row.head, lse))
+        target = gmem.out.at[tile.span, row.index]
         if self.per_group:
-            return self._store_groups(gmem, tile, row, target, out)
-        if gmem.scale is not None:
-            out = out * (1.0 / gmem.scale[tile.instance])
+            return self._store_groups(gmem, tile, row.index, target, out)
+        if inverse is not None:
+            out = to_e4m3(out * inverse)
         store(target, out.astype(target.dtype))
         return None
 
-    def _weights(self, gmem: _Refs, tile: _Tile, head: Any) -> tuple[list[Any], Any]:
-        """The share of each state, [tokens] each, and the merged natural-log lse."""
-        problem = self.problem
-        lses = [self._load_lse(gmem.lses(n), tile, head) for n in range(problem.states)]
+    def _weights(self, gmem: _Refs, tile: _Tile, lses: list[Any]) -> tuple[list[Any], Any, Any]:
+        """The share of each state, what a state without a share contributes, the merged lse: [tokens] each."""
+        unit = LN2 if self.problem.lse_base == "2" else 1.0
+        lses = [jnp.where(lse == jnp.inf, -jnp.inf, lse) for lse in lses]  # an empty row of some backends
         top = functools.reduce(jnp.maximum, lses)
         empty = top == -jnp.inf
         anchor = jnp.where(empty, 0.0, top)
-        terms = [jnp.exp(lse - anchor) for lse in lses]
+        terms = [jnp.exp((lse - anchor) * unit) for lse in lses]
         total = functools.reduce(jnp.add, terms)
         inverse = jnp.where(empty, 0.0, 1.0 / jnp.where(empty, 1.0, total))
         weights = [term * inverse for term in terms]
-        lse = jnp.where(empty, -jnp.inf, anchor + jnp.log(jnp.where(empty, 1.0, total)))
+        # -0.0 + x is x for every x, -0.0 included
+        absent = jnp.where(empty, 0.0, -0.0)
+        lse = jnp.where(empty, -jnp.inf, jnp.log(jnp.where(empty, 1.0, total)) * (1.0 / unit) + anchor)
         if gmem.count is not None:
             token = plgpu.broadcasted_iota(jnp.int32, (tile.tokens,), 0, layout=tile.layout.reduce(1))
             alone = token + (tile.first - tile.origin) >= gmem.count[tile.instance]
             weights = [jnp.where(alone, float(n == len(weights) - 1), weight) for n, weight in enumerate(weights)]
+            absent = jnp.where(alone, -0.0, absent)
             lse = jnp.where(alone, lses[-1], lse)
-        return weights, lse
+        return weights, absent, lse
 
     def _load_lse(self, ref: Any, tile: _Tile, head: Any) -> Any:
         place = (head, tile.span) if self.problem.lse_layout == "HT" else (tile.span, head)
-        lse = plgpu.load(ref.at[place], layout=tile.layout.reduce(1), optimized=False)
-        lse = jnp.where(lse == jnp.inf, -jnp.inf, lse)
-        return lse * LN2 if self.problem.lse_base == "2" else lse
+        return plgpu.load(ref.at[place], layout=tile.layout.reduce(1), optimized=False)
 
     def _store_lse(self, gmem: _Refs, tile: _Tile, head: Any, lse: Any) -> None:
         place = (head, tile.span) if self.problem.lse_layout == "HT" else (tile.span, head)
-        store(gmem.out_lse.at[place], lse / LN2 if self.problem.lse_base == "2" else lse)
+        store(gmem.out_lse.at[place], lse)
 
     def _store_groups(self, gmem: _Refs, tile: _Tile, row: Any, target: Any, out: Any) -> Any:
         """One quantisation group a row. Only finite elements count for its scale."""
@@ -304,24 +380,18 @@ class _Kernel:
         else:
             limit = FP8_MAX[E4M3]
             scale, inverse = amax / limit, limit / amax
-        out = out * lax.broadcast_in_dim(inverse, out.shape, [0])
-        store(target, out.astype(E4M3))
+        out = out * tile.spread(inverse, self.config.width)
+        store(target, to_e4m3(out))
         if self.quant.scale_layout == "row":
             store(gmem.out_scales.at[tile.span, row], scale)
-        elif self.quant.scale_layout != "col_tma_packed":
+        elif not self.packed:
             store(gmem.out_scales.at[row, tile.span], scale)
         return byte
 
     def _zero_padding(self, gmem: _Refs, row_block: Any) -> None:
-        columns = gmem.out_scales.shape[1]
-        for column in range(self.problem.tokens, columns):
-            gmem.out_scales[row_block, column] = jnp.zeros((), gmem.out_scales.dtype)
-
-
-def _weighted(weight: Any, state: Any) -> Any:
-    """weight [tokens] times state [tokens, width]; a weight of 0 contributes exactly 0."""
-    weight = lax.broadcast_in_dim(weight, state.shape, [0])
-    return jnp.where(weight == 0, 0.0, state * weight)
+        lines = [row_block] if self.packed else [self._row(row_block, k) for k in range(self.config.rows)]
+        for line, column in itertools.product(lines, range(self.problem.tokens, gmem.out_scales.shape[1])):
+            gmem.out_scales[line, column] = jnp.zeros((), gmem.out_scales.dtype)
 
 
 def _ue8m0_byte_of_amax(amax: Any) -> Any:

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import numpy_oracles as oracle
 import pytest
+from implementations import PORTABLE, implementations, kernels
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -34,7 +35,8 @@ from jax_fp8attn.testing import (
     fp8_bytes,
 )
 
-IMPLEMENTATIONS = ("xla", "reference")
+KERNELS = kernels("merge_attn_states")
+IMPLEMENTATIONS = implementations("merge_attn_states")
 INF, NAN = np.inf, np.nan
 T, H, D = 9, 3, 32
 GROUP_SPECS = [
@@ -182,7 +184,9 @@ class TestUpstreamAxes:
     )
     def test_shapes(self, case: int) -> None:
         """R1: every value of the six upstream axes, odd shapes besides."""
-        check_upstream_case(SMALL[case], 5 * case, IMPLEMENTATIONS[case % 8 == 7])
+        check_upstream_case(SMALL[case], 5 * case, PORTABLE[case % 8 == 7])
+        for kernel in KERNELS if SMALL[case][2] % 8 == 0 else ():
+            check_upstream_case(SMALL[case], 5 * case, kernel)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("tokens", TOKENS)
@@ -191,7 +195,8 @@ class TestUpstreamAxes:
         """R1: 216 shapes, the options cycling so that every pair of axis values occurs."""
         for number, width in enumerate(WIDTHS):
             option = 6 * TOKENS.index(tokens) + 5 * HEADS.index(heads) + 7 * number
-            check_upstream_case((tokens, heads, width), option, "xla")
+            for name in ("xla", *KERNELS):
+                check_upstream_case((tokens, heads, width), option, name)
 
     @pytest.mark.parametrize(("implementation", "spec"), with_cases(None, Fp8PerTensor(0.5), *GROUP_SPECS))
     def test_no_tokens_no_heads(self, spec: Any, implementation: str) -> None:
@@ -752,7 +757,8 @@ class TestPromises:
         assert big.size >= 2**31
 
         def merge(*four: Any) -> Any:
-            return merge_attn_states(*four, prefill_tokens_with_context=tokens - 1, output_quant=spec)
+            options = {"prefill_tokens_with_context": tokens - 1, "output_quant": spec, "implementation": "xla"}
+            return merge_attn_states(*four, **options)
 
         lowered = jax.jit(merge).lower(big, lse, big, lse)
         text = lowered.as_text()
@@ -958,9 +964,10 @@ class TestTransforms:
 
     @pytest.mark.parametrize(("implementation", "spec"), with_cases(GROUP_SPECS[-1], None))
     def test_export(self, spec: Any, implementation: str) -> None:
-        """R16: for CPU and CUDA, through bytes, and run here."""
+        """R16: for CPU and CUDA (a kernel: for CUDA alone), through bytes, and run here."""
         pytest.importorskip("flatbuffers", reason="jax.export serialises through flatbuffers")
         s = states()
+        platforms = ("cpu", "cuda") if implementation in PORTABLE else ("cuda",)
 
         def merge(count: Any, *four: Any) -> Any:
             return merge_attn_states(
@@ -970,9 +977,9 @@ class TestTransforms:
 
         count = jnp.int32(4)
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (count, *s))
-        exported = jax.export.export(jax.jit(merge), platforms=("cpu", "cuda"))(*shapes)
+        exported = jax.export.export(jax.jit(merge), platforms=platforms)(*shapes)
         loaded = jax.export.deserialize(exported.serialize())
-        assert loaded.platforms == ("cpu", "cuda")
+        assert loaded.platforms == platforms
         assert_bitwise_equal(loaded.call(count, *s), jax.jit(merge)(count, *s))
 
     def test_float64_mode(self, implementation: str) -> None:

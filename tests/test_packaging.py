@@ -20,16 +20,18 @@ from jax_fp8attn import _source_tree
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LIBRARIES = list(dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib")))
-MAPPED = {"pallas": "jax_fp8attn/pallas", "custom_calls": "jax_fp8attn/custom_calls"}
+MAPPED = {name: f"jax_fp8attn/{name}" for name in ("pallas", "custom_calls", "benchmarks")}
 VENDORS = ("triton", "jax_triton", "flashinfer", "cutlass", "jax_tvm_ffi")
 OPTIONAL = ("torch", "flax", *VENDORS, "matplotlib", "rich", "hypothesis")
 USE = """
 import json, jax_fp8attn, jax_fp8attn.pallas, jax_fp8attn.pallas.common, jax_fp8attn.custom_calls
+import jax_fp8attn.benchmarks
 from jax_fp8attn import merge_attn_states
 import numpy as np
 out, lse = np.ones((4, 2, 32), np.float32), np.zeros((2, 4), np.float32)
 merged = merge_attn_states(out, lse, 3 * out, lse, output_scale=0.5).dequantize()
-files = {m.__name__: m.__file__ for m in (jax_fp8attn, jax_fp8attn.pallas, jax_fp8attn.custom_calls)}
+mapped = (jax_fp8attn.pallas, jax_fp8attn.custom_calls, jax_fp8attn.benchmarks)
+files = {m.__name__: m.__file__ for m in (jax_fp8attn, *mapped)}
 print(json.dumps({"files": files, "merged": float(merged[0, 0, 0]), "version": jax_fp8attn.__version__}))
 """
 
@@ -56,13 +58,12 @@ def result(done: subprocess.CompletedProcess[str]) -> Any:
 
 
 def assert_usable(paths: list[Path], folder: Path, package: Path, backends: Path, sites: tuple[Path, ...] = ()) -> None:
-    """All three packages come from where they should, and an op runs."""
+    """Every package comes from where it should, and an op runs."""
     facts = result(python(USE, paths, folder, sites))
     assert facts["merged"] == 2.0 and facts["version"] == jax_fp8attn.__version__
     assert facts["files"] == {
         "jax_fp8attn": str(package / "__init__.py"),
-        "jax_fp8attn.pallas": str(backends / "pallas" / "__init__.py"),
-        "jax_fp8attn.custom_calls": str(backends / "custom_calls" / "__init__.py"),
+        **{f"jax_fp8attn.{name}": str(backends / name / "__init__.py") for name in MAPPED},
     }
 
 

@@ -773,6 +773,7 @@ def count_runs(patch: pytest.MonkeyPatch, implementation: str = "xla", stub: boo
     """The problems for which an implementation is traced from now on. ``stub``: nothing is computed."""
     module = importlib.import_module(f"jax_fp8attn.{implementation}.sparse_prefill")
     original, traced = module.run, []
+    jax.clear_caches()  # another test may have traced the same problem
 
     def run(problem: Any, arrays: Any) -> Any:
         traced.append(problem)

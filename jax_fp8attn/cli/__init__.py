@@ -1,4 +1,4 @@
-"""The command line: ``python -m jax_fp8attn demo | env | explain``."""
+"""The command line: ``python -m jax_fp8attn``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ COMMANDS = {
     "demo": "run one serving step of each kind on this machine and check it against the oracles",
     "env": "print versions, devices, and what is available here and why not",
     "explain": "print which implementation an op takes for a shape, and why not the others",
+    "check": "run the contract suites on this machine",
+    "bench": "time every implementation on shapes of real models, on a GPU",
+    "compile": "compile every kernel for a GPU, without one, and fail on spills and serialised tensor-core work",
 }
 
 

@@ -21,6 +21,10 @@ def rows_per_step(width: int, vector: int) -> int:
 def row_layout(width: int, vector: int) -> plgpu.Layout:
     """[rows, width] with ``vector`` contiguous elements a lane; rows a multiple of ``rows_per_step``."""
     rows = LANES // lanes_per_row(width, vector)
+    if rows == 1:
+        return plgpu.Layout.TILED(
+            plgpu.Tiling(((WARPS, width), (vector,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
+        )
     tiling = plgpu.Tiling(((WARPS * rows, width), (rows, width), (vector,)))
     return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 

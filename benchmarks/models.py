@@ -1,0 +1,204 @@
+"""Shapes of real models, by name: what one rank of a serving engine computes in one layer.
+
+A ``Case`` is a shape to time. In its ``shape`` T and S count the tokens of all B sequences together (B absent: one
+sequence), and all sequences of a case are equally long:
+
+    merge_attn_states   T tokens, H heads, D width; N states if they are not two
+    mla_prefill         T query tokens, S key tokens, H heads; widths 192 and 128, D the width of the values
+    sparse_prefill      T query tokens, H heads, topk rows a token; P rows in the prefix pool. With S, the last
+                        ``WINDOW`` of the topk rows lie in the extend pool of S rows
+    gdn_prefill         T tokens, Hk heads of q and k, Hv heads of v, D width
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+WINDOW = 128  # rows of DeepSeek-V4's sliding window
+TENSOR_PARALLEL = (1, 2, 4, 8, 16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What the ops need to know; None: the model has no such layer."""
+
+    name: str
+    heads: int | None = None  # of attention through mla_prefill or sparse_prefill
+    qk_width: int | None = None
+    v_width: int | None = None
+    topk: int | None = None  # compressed rows that a token selects, the window apart
+    gdn_k_heads: int | None = None
+    gdn_v_heads: int | None = None
+    gdn_width: int | None = None
+
+
+DEEPSEEK_V3 = Model("DeepSeek-V3", heads=128, qk_width=192, v_width=128)  # and R1
+KIMI_K2 = Model("Kimi-K2", heads=64, qk_width=192, v_width=128)
+DEEPSEEK_V2_LITE = Model("DeepSeek-V2-Lite", heads=16, qk_width=192, v_width=128)
+DEEPSEEK_V4_FLASH = Model("DeepSeek-V4-Flash", heads=64, qk_width=512, v_width=512, topk=512)
+DEEPSEEK_V4_PRO = Model("DeepSeek-V4-Pro", heads=128, qk_width=512, v_width=512, topk=1024)
+QWEN3_NEXT = Model("Qwen3-Next", gdn_k_heads=16, gdn_v_heads=32, gdn_width=128)
+QWEN3_5_27B = Model("Qwen3.5-27B", gdn_k_heads=16, gdn_v_heads=48, gdn_width=128)
+QWEN3_5_397B = Model("Qwen3.5-397B", gdn_k_heads=16, gdn_v_heads=64, gdn_width=128)  # and 122B
+
+MLA_MODELS = (DEEPSEEK_V3, KIMI_K2, DEEPSEEK_V2_LITE)
+GDN_MODELS = (QWEN3_NEXT, QWEN3_5_27B, QWEN3_5_397B)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A shape to time. ``variant`` says what is computed on it and in which precision; name and variant together are
+    unique in an op."""
+
+    op: str
+    name: str
+    shape: dict[str, int]
+    variant: str
+
+
+def heads_per_rank(model: Model, tp: int) -> dict[str, int]:
+    """Heads of one rank under ``tp``-way tensor parallelism, as they stand in a shape: {"H": 16} or
+    {"Hk": 2, "Hv": 8}."""
+    total = {"H": model.heads, "Hk": model.gdn_k_heads, "Hv": model.gdn_v_heads}
+    heads = {letter: count for letter, count in total.items() if count is not None}
+    if tp < 1 or any(count % tp for count in heads.values()):
+        raise ValueError(f"{model.name}: {tp} ranks cannot share {heads} heads evenly")
+    return {letter: count // tp for letter, count in heads.items()}
+
+
+def ranks(models: tuple[Model, ...], **heads: int) -> str:
+    """Every model whose rank has these heads: "DeepSeek-V3 TP8, Kimi-K2 TP4"; the heads themselves if none has."""
+    found = [
+        f"{model.name} TP{tp}"
+        for model in models
+        for tp in TENSOR_PARALLEL
+        if all((count or 0) % tp == 0 for count in (model.heads, model.gdn_k_heads, model.gdn_v_heads))
+        and heads_per_rank(model, tp) == heads
+    ]
+    return ", ".join(found or (f"{letter}={count}" for letter, count in heads.items()))
+
+
+def cases(op: str) -> tuple[Case, ...]:
+    """The shapes on which ``op`` is timed."""
+    if op not in _CASES:
+        raise ValueError(f"no benchmark of {op!r}: expected one of {', '.join(_CASES)}")
+    return _CASES[op]()
+
+
+_MERGE_SIZES = (
+    *((tokens, heads) for tokens in (1, 16, 64, 256, 1024, 4096) for heads in (4, 8, 16, 32, 64, 128)),
+    (8192, 128),
+    (16384, 128),
+)
+_MERGE_VARIANTS = ("bf16", "fp8_tensor", "fp8_tensor f16 in", "fp8_tensor f32 in")
+_MERGE_SOME_SIZES = ((16, 128), (256, 16), (1024, 128), (4096, 16), (4096, 128), (8192, 128), (16384, 128))
+_MERGE_MORE_VARIANTS = (
+    "fp8_group128_f32_row",
+    "fp8_group128_f32_col_tma",
+    "fp8_group128_ue8m0_packed",
+    "fp8_group64_f32_row",
+)
+
+
+def _merge() -> tuple[Case, ...]:
+    every = [(size, 2, variant) for size in _MERGE_SIZES for variant in _MERGE_VARIANTS]
+    every += [(size, 2, variant) for size in _MERGE_SOME_SIZES for variant in _MERGE_MORE_VARIANTS]
+    every += [(size, 4, "fp8_tensor") for size in ((4096, 16), (1024, 128), (4096, 128))]
+    return tuple(_merge_case(*size, states, variant) for size, states, variant in every)
+
+
+def _merge_case(tokens: int, heads: int, states: int, variant: str) -> Case:
+    shape = {"T": tokens, "H": heads, "D": 128}
+    name = f"{ranks(MLA_MODELS, H=heads)}, T={tokens}"
+    if states == 2:
+        return Case("merge_attn_states", name, shape, variant)
+    return Case("merge_attn_states", f"{name} N={states}", shape | {"N": states}, variant)
+
+
+# (query tokens, key tokens) of a sequence, sequences
+_MLA_LENGTHS = tuple((tokens, tokens, 1) for tokens in (2048, 4096, 8192, 16384, 32768))
+_MLA_RAGGED = ((512, 512, 1), (1024, 1024, 1), (4096, 4096, 2), (4096, 4096, 4), (4096, 4096, 8), (1024, 1024, 16))
+_MLA_CONTEXT = ((128, 1024, 1), (256, 2048, 1), (512, 4096, 1), (1024, 4096, 1))  # a prompt's last piece
+
+
+def _mla() -> tuple[Case, ...]:
+    every = [(size, heads, "fp8 causal") for size in _MLA_LENGTHS for heads in (8, 16, 32, 64, 128)]
+    every += [((8192, 8192, 1), heads, "fp8 full") for heads in (16, 128)]
+    every += [((32768, 32768, 1), 16, "fp8 full"), ((8192, 32768, 1), 16, "fp8 full")]
+    every += [((8192, 8192, 1), 16, "bf16 causal"), ((8192, 8192, 1), 16, "bf16 full")]
+    every += [(size, 16, "fp8 causal") for size in (*_MLA_RAGGED, *_MLA_CONTEXT)]
+    return tuple(_mla_case(*size, heads, variant) for size, heads, variant in every)
+
+
+def _mla_case(tokens: int, keys: int, sequences: int, heads: int, variant: str) -> Case:
+    size = f"T={tokens}" if tokens == keys else f"T={tokens} S={keys}"
+    size = size if sequences == 1 else f"{sequences} x {size}"
+    shape = {"B": sequences, "T": sequences * tokens, "S": sequences * keys, "H": heads, "D": 128}
+    return Case("mla_prefill", f"{ranks(MLA_MODELS, H=heads)}, {size}", shape, variant)
+
+
+_V4_RANKS = (
+    (DEEPSEEK_V4_FLASH, 1),
+    (DEEPSEEK_V4_FLASH, 8),
+    (DEEPSEEK_V4_PRO, 1),
+    (DEEPSEEK_V4_PRO, 4),
+    (DEEPSEEK_V4_PRO, 8),
+)
+# heads, rows a token, pool rows: the shapes of FlashMLA's own benchmark, one pool
+_FLASHMLA = (
+    *((64, 512, pool) for pool in (8192, 16384, 32768, 65536)),
+    *((128, 1024, pool) for pool in (8192, 16384, 32768, 65536)),
+    (128, 512, 32768),
+    (64, 2048, 32768),
+    (128, 2048, 32768),
+)
+
+
+def _sparse() -> tuple[Case, ...]:
+    every = [
+        _v4_case(model, tp, "CSA", model.topk + WINDOW, tokens, 65536)
+        for tokens in (4096, 8192)
+        for model, tp in _V4_RANKS
+    ]
+    every += [_v4_case(DEEPSEEK_V4_PRO, 1, "CSA", 1152, 4096, pool) for pool in (8192, 1048576)]
+    every.append(_v4_case(DEEPSEEK_V4_FLASH, 1, "window", WINDOW, 4096, 8192))
+    every.append(_v4_case(DEEPSEEK_V4_PRO, 1, "HCA", 1024 + WINDOW, 4096, 1024))  # all rows of a context of 131072
+    every += [
+        (f"H={heads} top-{topk}, T=4096 P={pool}", {"T": 4096, "H": heads, "D": 512, "topk": topk, "P": pool})
+        for heads, topk, pool in _FLASHMLA
+    ]
+    return tuple(Case("sparse_prefill", *named, variant) for named in every for variant in ("exact", "fp8"))
+
+
+def _v4_case(model: Model, tp: int, layer: str, rows: int, tokens: int, pool: int) -> tuple[str, dict[str, int]]:
+    shape = {"T": tokens, "S": tokens, **heads_per_rank(model, tp), "D": 512, "topk": rows, "P": pool}
+    return f"{model.name} TP{tp} {layer}, T={tokens} P={pool}", shape
+
+
+_GDN_HEADS = ((2, 8), (4, 16), (8, 32), (16, 64), (16, 32), (16, 48))
+_GDN_LENGTHS = ((8192, 1), (32768, 1), (65536, 1), (131072, 1), (1024, 8), (4096, 8))  # tokens, sequences
+_GDN_MORE = (
+    (16, 32, 2048, 4),
+    (16, 32, 1024, 4),
+    (2, 8, 4096, 2),
+    (2, 8, 2048, 4),
+    (16, 64, 8192, 4),
+    (16, 48, 8192, 4),
+    (8, 24, 8192, 1),
+)
+
+
+def _gdn() -> tuple[Case, ...]:
+    every = [(*heads, *size) for heads in _GDN_HEADS for size in _GDN_LENGTHS]
+    return tuple(
+        Case(
+            "gdn_prefill",
+            f"{ranks(GDN_MODELS, Hk=k_heads, Hv=v_heads)}, {sequences} x {tokens}",
+            {"B": sequences, "T": sequences * tokens, "Hk": k_heads, "Hv": v_heads, "D": 128},
+            "bf16",
+        )
+        for k_heads, v_heads, tokens, sequences in (*every, *_GDN_MORE)
+    )
+
+
+_CASES = {"merge_attn_states": _merge, "mla_prefill": _mla, "sparse_prefill": _sparse, "gdn_prefill": _gdn}

@@ -1,0 +1,87 @@
+"""Other projects' kernels, from a folder that the user fills; nothing of them is part of this package.
+
+The folder holds the files that each function names, as they come out of the projects' wheels (a library may be
+compressed with xz). A peer whose files are missing is left out.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import lzma
+import sys
+import tempfile
+import threading
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+VLLM_TRITON_MERGE = "triton_merge_attn_states.py"
+VLLM_LIBRARY = "_C_stable_libtorch.abi3.so"
+
+
+def find(folder: Path, name: str) -> Path | None:
+    """A file by name anywhere below the folder, unpacked if it is there with .xz only."""
+    hits = sorted(folder.rglob(name))
+    if hits:
+        return hits[0]
+    packed = sorted(folder.rglob(f"{name}.xz"))
+    if not packed:
+        return None
+    target = Path(tempfile.mkdtemp(prefix="fp8attn_peers_")) / name
+    with lzma.open(packed[0]) as source, target.open("wb") as out:
+        while block := source.read(1 << 24):
+            out.write(block)
+    return target
+
+
+_loading = threading.Lock()
+
+
+def merges(folder: Path | None) -> dict[str, Callable[..., None]]:
+    """vLLM's merges by name, as f(output, prefix, prefix_lse, suffix, suffix_lse, output_scale) on torch tensors."""
+    with _loading:  # a library registers its operators once
+        return _merges(folder)
+
+
+@functools.cache
+def _merges(folder: Path | None) -> dict[str, Callable[..., None]]:
+    found: dict[str, Callable[..., None]] = {}
+    if folder is None:
+        return found
+    if file := find(folder, VLLM_TRITON_MERGE):
+        triton_merge = _vllm_module(file).merge_attn_states
+        found["vllm triton"] = lambda out, a, la, b, lb, scale: triton_merge(out, a, la, b, lb, output_scale=scale)
+    if file := find(folder, VLLM_LIBRARY):
+        import torch
+
+        torch.ops.load_library(str(file))
+        merge = torch.ops._C.merge_attn_states
+        found["vllm cuda"] = lambda out, a, la, b, lb, scale: merge(out, None, a, la, b, lb, None, scale)
+    return found
+
+
+def _vllm_module(file: Path) -> Any:
+    """One file of vLLM without vLLM: the two modules that it imports are stood in for."""
+    import torch
+    import triton
+    import triton.language
+
+    platforms, utils = types.ModuleType("vllm.platforms"), types.ModuleType("vllm.triton_utils")
+    platforms.current_platform = types.SimpleNamespace(fp8_dtype=lambda: torch.float8_e4m3fn)
+    utils.tl, utils.triton = triton.language, triton
+    sys.modules.setdefault("vllm", types.ModuleType("vllm"))
+    sys.modules.update({"vllm.platforms": platforms, "vllm.triton_utils": utils})
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def to_torch(array: Any) -> Any:
+    """A jax array as a torch tensor on the same memory."""
+    import torch
+
+    return torch.from_dlpack(array)

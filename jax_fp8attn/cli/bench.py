@@ -1,0 +1,135 @@
+"""``bench``: times every implementation on shapes of real models; no time without a correct result."""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import datetime
+import importlib
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jax_fp8attn.cli import env
+from jax_fp8attn.cli.show import Progress
+
+OPS = {"merge_attn_states": "merge"}
+"""Op: its module in jax_fp8attn.benchmarks."""
+
+AHEAD = 6  # cases that are compiled at once
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--op", choices=sorted(OPS), action="append", help="one op (default: all)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name or variant contains TEXT")
+    parser.add_argument("--peers", type=Path, metavar="DIR", help="folder with other projects' kernels")
+    parser.add_argument("--rounds", type=int, default=25, help="times each case is timed (default %(default)s)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw speed against size, PNG or SVG")
+    parser.add_argument("--store", type=Path, metavar="DIR", help="write <DIR>/<device>/<op>.json")
+
+
+def run(options: argparse.Namespace) -> int:
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        print(f"bench times kernels on a GPU; the device here is {device.platform}")
+        return 2
+    from jax_fp8attn.benchmarks import report, timing
+
+    facts = report.Run(
+        device=device.device_kind,
+        date=datetime.date.today().isoformat(),
+        versions=_versions(),
+        ceilings=report.Ceilings(copy_tbps=timing.copy_tbps(), bf16_gemm_tflops=timing.gemm_tflops()),
+    )
+    failed, everything = False, []
+    for op in options.op or sorted(OPS):
+        rows = []
+        for row, message in _rows(op, options):
+            failed |= bool(message)
+            if message:
+                print(message, file=sys.stderr)
+            rows += [row] if row is not None else []
+        if options.store:
+            report.write(report.results_path(facts.device, op, options.store), facts, rows)
+        everything += rows
+    if options.plot:
+        report.plot(facts, everything, options.plot)
+    if options.json:
+        print(json.dumps(report.as_json(facts, everything)))
+    else:
+        report.print_table(facts, everything)
+    return 1 if failed or not everything else 0
+
+
+def _rows(op: str, options: argparse.Namespace) -> Iterator[tuple[Any, str]]:
+    """Rows of the results file, and what failed."""
+    from jax_fp8attn.benchmarks import models, timing
+
+    module = importlib.import_module(f"jax_fp8attn.benchmarks.{OPS[op]}")
+    cases = [case for case in models.cases(op) if options.only in f"{case.name} {case.variant}"]
+    progress = Progress()
+    with concurrent.futures.ThreadPoolExecutor(AHEAD) as pool:
+        started = [pool.submit(_gated, module, case, options.peers) for case in cases[:AHEAD]]
+        for number, case in enumerate(cases):
+            progress(f"{op} {number + 1} of {len(cases)}: {case.name} {case.variant}")
+            trial, ready, messages = started.pop(0).result()
+            yield from ((None, message) for message in messages)
+            concurrent.futures.wait(started)  # nothing else may run on the device
+            times = timing.measure([contender for contender, _ in ready], trial.sets, options.rounds)
+            yield from ((_row(case, trial, *gated, times), "") for gated in ready)
+            del trial, ready
+            if number + AHEAD < len(cases):
+                started.append(pool.submit(_gated, module, cases[number + AHEAD], options.peers))
+    progress.done()
+
+
+def _gated(module: Any, case: Any, folder: Path | None) -> tuple[Any, list[tuple[Any, float]], list[str]]:
+    """The trial of a case, the contenders whose first result is right with their errors, and what is wrong."""
+    trial = module.trial(case, folder)
+    ready, messages = [], []
+    for contender in trial.contenders:
+        error, bound = trial.error(contender, contender.call(0)), trial.bound(contender)
+        if math.isfinite(error) and error <= bound:
+            ready.append((contender, error))
+        else:
+            messages.append(f"{case.name} {case.variant}: {contender.name} has error {error:.3g}, bound {bound:.3g}")
+    return trial, ready, messages
+
+
+def _row(case: Any, trial: Any, contender: Any, error: float, times: dict[str, Any]) -> Any:
+    from jax_fp8attn.benchmarks import report
+
+    measured = times[contender.name]
+    return report.Row(
+        op=case.op,
+        case=case.name,
+        shape=case.shape,
+        implementation=contender.name,
+        variant=case.variant,
+        is_peer=contender.is_peer,
+        time_us=measured.median,
+        spread_us=measured.spread,
+        bytes=trial.bytes,
+        flops=trial.flops,
+        error=error,
+        error_bound=trial.bound(contender),
+        dispatch_us=measured.dispatch,
+    )
+
+
+def _versions() -> dict[str, str]:
+    versions = {name: version for name, version in env.collect()["packages"].items() if version}
+    facts = "driver_version,clocks.max.sm,clocks.max.mem,power.limit"
+    command = ["nvidia-smi", f"--query-gpu={facts}", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return versions
+    names = ("driver", "sm clock", "memory clock", "power limit")
+    return versions | dict(zip(names, (part.strip() for part in answer.split(",")), strict=False))

@@ -1,0 +1,81 @@
+"""``check``: an op's whole contract suite, over every implementation of this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+SUITES = {
+    "gdn_prefill": ("test_gdn_prefill.py", "test_gdn_pool.py"),
+    "merge_attn_states": ("test_merge.py", "test_merge_kernel.py"),
+    "mla_prefill": ("test_mla_prefill.py",),
+    "quantize_fp8": ("test_quantize.py", "test_latent.py"),
+    "sparse_prefill": ("test_sparse_prefill.py",),
+}
+PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu"}
+TOOLS = ("memcheck", "synccheck")
+OURS = "kns=fp8attn"  # a substring of the kernels' names
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=sorted(PLATFORMS), default="cpu", help="default %(default)s")
+    parser.add_argument("--op", choices=sorted(SUITES), action="append", help="one op (default: all)")
+    parser.add_argument("--all", action="store_true", help="the long checks, too")
+    parser.add_argument("--sanitize", action="store_true", help="a small set, under compute-sanitizer")
+
+
+def run(options: argparse.Namespace) -> int:
+    tests = Path(__file__).resolve().parents[2] / "tests"
+    if not (tests / "conftest.py").exists():
+        print("check needs a checkout of the repository: the tests are not part of the installed package")
+        return 2
+    if options.sanitize and not shutil.which("compute-sanitizer"):
+        print("--sanitize needs compute-sanitizer, which comes with the CUDA toolkit, on PATH")
+        return 2
+    counts: dict[str, dict[str, int]] = {}
+    for op in options.op or sorted(SUITES):
+        files = [str(tests / name) for name in SUITES[op] if (tests / name).exists()]
+        if options.sanitize:
+            for tool in TOOLS:
+                command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--kernel-regex", OURS]
+                counts[f"{op} {tool}"] = _run(files, options, "sanitize", command)
+        else:
+            counts[op] = _run(files, options, "" if options.all else "not slow", [])
+    failed = any(count["failed"] or not count["passed"] for count in counts.values())
+    if options.json:
+        print(json.dumps({"device": options.device, "suites": counts}))
+    else:
+        for name, count in counts.items():
+            print(f"{name} on {options.device}: " + ", ".join(f"{number} {what}" for what, number in count.items()))
+    return 1 if failed else 0
+
+
+def _run(files: list[str], options: argparse.Namespace, marks: str, prefix: list[str]) -> dict[str, int]:
+    """Runs pytest in a process of its own; a failing exit status without a failing test counts as one."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [*prefix, sys.executable, "-m", "pytest", *files, "-m", marks, f"--junitxml={report}"]
+        done = subprocess.run(
+            [*command, "-p", "no:cacheprovider"],
+            env=os.environ | _environment(options.device, bool(prefix)),
+            stdout=sys.stderr if options.json else None,
+        )
+        if not report.exists():
+            return {"passed": 0, "failed": 1, "skipped": 0}
+        suite = ElementTree.parse(report).getroot().find("testsuite")
+    total, failures, errors, skipped = (int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped"))
+    failed = failures + errors or int(done.returncode != 0)
+    return {"passed": total - failures - errors - skipped, "failed": failed, "skipped": skipped}
+
+
+def _environment(device: str, sanitized: bool) -> dict[str, str]:
+    """On a GPU memory is taken as needed; for the sanitizer every buffer is an allocation of its own."""
+    variables = {"JAX_PLATFORMS": PLATFORMS[device], "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    return variables | ({"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"} if sanitized else {})

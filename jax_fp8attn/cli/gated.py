@@ -1,0 +1,120 @@
+"""The calls whose kernels the compile gate builds: every form that the heuristics can choose, one call each."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_fp8attn import dispatch
+from jax_fp8attn.quantize import Fp8PerGroup, Fp8PerTensor
+
+BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What a kernel may use at most."""
+
+    registers: int
+    shared_memory: int  # bytes a block
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A public op on shapes."""
+
+    label: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+SIZES = ((64, 8), (600, 8), (4096, 8), (4096, 32), (4096, 128))
+"""Tokens and heads on every side of the bounds at which a configuration changes."""
+
+
+def merge_calls() -> Iterator[Call]:
+    """One call for every configuration of every input type, output and width; then the other options."""
+    static, packed = Fp8PerTensor(0.5), Fp8PerGroup.deepgemm_sm100()
+    words32 = Fp8PerGroup(32, "ue8m0", "col_tma_packed")
+    forms = (("float32", "row"), ("ue8m0", "col_tma"))
+    groups = [Fp8PerGroup(group, *form) for group in (32, 64, 128) for form in forms]
+    seen: set[Any] = set()
+    for dtype, spec, size in itertools.product((BF16, F32), (None, static, *groups, packed, words32), SIZES):
+        yield from _new(seen, dtype=dtype, output_quant=spec, tokens=size[0], heads=size[1])
+    for spec, size in itertools.product((None, static, packed), SIZES):
+        yield from _new(seen, dtype=F16, output_quant=spec, tokens=size[0], heads=size[1])
+    for width, size in itertools.product((8, 16, 24, 32, 48, 64, 192, 256, 512), SIZES):
+        yield from _new(seen, tokens=size[0], heads=size[1], width=width, return_lse=True)
+    for dtype, spec, size in itertools.product((BF16, F32), (static, *groups[1::2], packed, words32), SIZES):
+        yield from _new(seen, dtype=dtype, output_quant=spec, tokens=size[0], heads=size[1], states=4)
+    yield from _new(seen, output_quant=static, tokens=64, heads=8, states=1)
+    options = {"return_lse": True, "lse_layout": "TH", "lse_base": "2"}
+    yield _merge("TH base 2 context tail", tokens=37, context=True, output_quant=static, **options)
+    yield _merge("packed context tail", tokens=39, heads=6, context=True, output_quant=packed, return_lse=True)
+    yield _merge("col", tokens=68, output_quant=Fp8PerGroup(128, "float32", "col"))
+    yield _merge("padding and tail", tokens=67, output_quant=Fp8PerGroup.deepgemm_sm90())
+    yield _merge("N=16 packed", states=16, output_quant=packed, return_lse=True)
+    yield _merge("in place", in_place=True, return_lse=True)
+    yield _merge("fewer tokens than a tile", tokens=3, output_quant=packed)
+
+
+def _new(seen: set[Any], **facts: Any) -> Iterator[Call]:
+    """The call with these facts, unless one with the same configuration, types and output has been there."""
+    from jax_fp8attn.pallas.merge_sm90 import default_config
+
+    spec, dtype = facts.get("output_quant"), jnp.dtype(facts.get("dtype", BF16)).name
+    output = "fp8_tensor" if isinstance(spec, Fp8PerTensor) else dtype
+    if isinstance(spec, Fp8PerGroup):
+        output = f"fp8_group{spec.group_size}_{spec.scale_format}_{spec.scale_layout}"
+    names = {"tokens": "T", "heads": "H", "width": "D", "states": "N"}
+    size = " ".join(f"{short}={facts[name]}" for name, short in names.items() if name in facts)
+    call = _merge(f"{dtype} to {output} {size}", **facts)
+    op = "merge_attn_states" if "states" not in facts else "merge_attn_states_n"
+    problem = dispatch.explain(op, *call.arguments, output_quant=spec).problem
+    config = default_config(problem)
+    if (dtype, output, config, problem.states) not in seen:
+        seen.add((dtype, output, config, problem.states))
+        yield call
+
+
+def _merge(
+    label: str,
+    dtype: Any = BF16,
+    tokens: int = 64,
+    heads: int = 8,
+    width: int = 128,
+    states: int | None = None,
+    context: bool = False,
+    **options: Any,
+) -> Call:
+    import jax_fp8attn as fp8attn
+
+    of = jax.ShapeDtypeStruct
+    lse_shape = (tokens, heads) if options.get("lse_layout") == "TH" else (heads, tokens)
+    out, lse = of((tokens, heads, width), dtype), of(lse_shape, F32)
+    if states is not None:
+        function = functools.partial(fp8attn.merge_attn_states_n, implementation="pallas", **options)
+        return Call(label, function, (of((states, *out.shape), dtype), of((states, *lse.shape), F32)))
+    if not context:
+        function = functools.partial(fp8attn.merge_attn_states, implementation="pallas", **options)
+        return Call(label, function, (out, lse, out, lse))
+
+    def merge(prefix: Any, prefix_lse: Any, suffix: Any, suffix_lse: Any, count: Any) -> Any:
+        return fp8attn.merge_attn_states(
+            prefix, prefix_lse, suffix, suffix_lse,
+            prefill_tokens_with_context=count, implementation="pallas", **options,
+        )  # fmt: skip
+
+    return Call(label, merge, (out, lse, out, lse, of((), jnp.int32)))
+
+
+GATED: dict[str, tuple[Callable[[], Iterator[Call]], Budget]] = {
+    "merge_attn_states": (merge_calls, Budget(registers=128, shared_memory=4096)),
+}
+"""Op: its calls and what each of its kernels may use."""

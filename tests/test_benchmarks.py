@@ -1,0 +1,418 @@
+"""The named shapes, the files of measurements, and what is made from them. Nothing here is timed."""
+
+import dataclasses
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+from jax_fp8attn.benchmarks import models, report
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+STORED = sorted((REPOSITORY / "benchmarks" / "results").glob("*/*.json"))
+OPS = ("mla_prefill", "merge_attn_states", "sparse_prefill", "gdn_prefill")
+LETTERS = {"B", "T", "S", "H", "Hk", "Hv", "D", "N", "topk", "P"}
+
+RUN = report.Run(
+    device="NVIDIA H200",
+    date="2026-11-20",
+    versions={"jax": "0.11.2", "driver": "580.00"},
+    ceilings=report.Ceilings(copy_tbps=4.0, bf16_gemm_tflops=800.0, fp8_gemm_tflops=1600.0),
+)
+
+
+def row(**changes) -> report.Row:
+    fields = {
+        "op": "merge_attn_states",
+        "case": "DeepSeek-V3 TP1, T=4096",
+        "shape": {"T": 4096, "H": 128, "D": 128},
+        "implementation": "pallas",
+        "variant": "fp8_tensor",
+        "is_peer": False,
+        "time_us": 100.0,
+        "spread_us": 1.5,
+        "bytes": 200_000_000,
+        "flops": 0,
+        "error": 0.001,
+        "error_bound": 0.002,
+    }
+    return report.Row(**{**fields, **changes})
+
+
+ROWS = [
+    row(),
+    row(implementation="xla", time_us=125.0),
+    row(implementation="slow", is_peer=True, time_us=400.0),
+    row(implementation="quick", is_peer=True, time_us=150.0),
+    row(implementation="other", is_peer=True, time_us=50.0, variant="bf16"),
+    row(implementation="third", is_peer=True, time_us=50.0, case="DeepSeek-V3 TP1, T=1024"),
+]
+
+
+def stored(tmp_path: Path, op: str = "merge_attn_states") -> Path:
+    return report.results_path(RUN.device, op, tmp_path)
+
+
+class TestModels:
+    @pytest.mark.parametrize(
+        ("model", "tp", "heads"),
+        [
+            (models.DEEPSEEK_V3, 8, {"H": 16}),
+            (models.KIMI_K2, 16, {"H": 4}),
+            (models.DEEPSEEK_V4_FLASH, 8, {"H": 8}),
+            (models.QWEN3_5_397B, 8, {"Hk": 2, "Hv": 8}),
+            (models.QWEN3_NEXT, 1, {"Hk": 16, "Hv": 32}),
+            (models.QWEN3_5_27B, 2, {"Hk": 8, "Hv": 24}),
+        ],
+    )
+    def test_heads_per_rank(self, model, tp, heads) -> None:
+        assert models.heads_per_rank(model, tp) == heads
+
+    @pytest.mark.parametrize("tp", [0, -1, 3, 32])
+    def test_heads_that_do_not_divide(self, tp) -> None:
+        with pytest.raises(ValueError, match="DeepSeek-V2-Lite"):
+            models.heads_per_rank(models.DEEPSEEK_V2_LITE, tp)
+
+    def test_every_model_of_a_rank_is_named(self) -> None:
+        assert models.ranks(models.MLA_MODELS, H=16) == "DeepSeek-V3 TP8, Kimi-K2 TP4, DeepSeek-V2-Lite TP1"
+        assert models.ranks(models.GDN_MODELS, Hk=8, Hv=24) == "Qwen3.5-27B TP2"
+        assert models.ranks(models.MLA_MODELS, H=12) == "H=12"
+
+    @pytest.mark.parametrize("op", OPS)
+    def test_cases(self, op) -> None:
+        cases = models.cases(op)
+        assert len({(case.name, case.variant) for case in cases}) == len(cases) > 20
+        for case in cases:
+            assert case.op == op
+            assert {"T", "D"} <= case.shape.keys() <= LETTERS, case
+            assert all(value >= 1 for value in case.shape.values())
+            assert case.shape["T"] % case.shape.get("B", 1) == 0
+            if op == "mla_prefill":
+                assert case.shape["S"] >= case.shape["T"]
+
+    def test_one_name_is_one_shape(self) -> None:
+        for op in OPS:
+            shapes = {}
+            for case in models.cases(op):
+                assert shapes.setdefault(case.name, case.shape) == case.shape
+
+    def test_the_sizes_that_were_promised(self) -> None:
+        merge = {(c.shape["T"], c.shape["H"]) for c in models.cases("merge_attn_states")}
+        grid = {(t, h) for t in (1, 16, 64, 256, 1024, 4096) for h in (4, 8, 16, 32, 64, 128)}
+        assert merge == grid | {(8192, 128), (16384, 128)}
+        mla = {(c.shape["T"], c.shape["H"]) for c in models.cases("mla_prefill")}
+        assert {(t, h) for t in (2048, 32768) for h in (8, 128)} <= mla
+        sparse = {(c.shape["topk"], c.shape["H"]) for c in models.cases("sparse_prefill")}
+        assert {(512, 64), (1024, 128), (2048, 128), (640, 64), (1152, 128)} <= sparse
+        gdn = {c.shape["T"] for c in models.cases("gdn_prefill")}
+        assert min(gdn) <= 8192 and max(gdn) == 131072
+
+    def test_v4_reads_its_window_and_its_selection(self) -> None:
+        (case,) = (
+            c
+            for c in models.cases("sparse_prefill")
+            if (c.name, c.variant) == ("DeepSeek-V4-Pro TP8 CSA, T=8192 P=65536", "fp8")
+        )
+        assert case.shape == {"T": 8192, "S": 8192, "H": 16, "D": 512, "topk": 1024 + 128, "P": 65536}
+
+    def test_unknown_op(self) -> None:
+        with pytest.raises(ValueError, match="merge_attn_states"):
+            models.cases("merge")
+
+    def test_headlines_are_cases(self) -> None:
+        known = {(case.op, case.name, case.variant) for op in OPS for case in models.cases(op)}
+        assert set(report.HEADLINES) <= known
+        assert {op for op, _, _ in report.HEADLINES} == set(OPS)
+
+
+class TestFile:
+    def test_round_trip(self, tmp_path) -> None:
+        path = tmp_path / "h200" / "merge_attn_states.json"
+        rows = [*ROWS, row(implementation="timed", dispatch_us=31.5)]
+        run = dataclasses.replace(RUN, commit="0123abc", ceilings=report.Ceilings(4.25))
+        report.write(path, run, rows)
+        assert report.read(path) == (run, rows)
+
+    def test_layout(self, tmp_path) -> None:
+        path = tmp_path / "x.json"
+        report.write(path, RUN, ROWS)
+        data = json.loads(path.read_text())
+        assert data == report.as_json(RUN, ROWS)
+        assert list(data) == ["run", "rows"]
+        assert list(data["run"]) == ["device", "date", "versions", "ceilings"]
+        assert list(data["run"]["ceilings"]) == ["copy_tbps", "bf16_gemm_tflops", "fp8_gemm_tflops"]
+        assert list(data["rows"][0]) == [field.name for field in dataclasses.fields(report.Row)][:-1]
+        assert sum('"time_us"' in line for line in path.read_text().splitlines()) == len(ROWS)
+
+    def test_rounding(self, tmp_path) -> None:
+        report.write(tmp_path / "x.json", RUN, [row(time_us=123.45678, error=1 / 3e3, bytes=123456789)])
+        _, (kept,) = report.read(tmp_path / "x.json")
+        assert (kept.time_us, kept.error, kept.bytes) == (123.5, 3.333e-4, 123456789)
+        first = (tmp_path / "x.json").read_text()
+        report.write(tmp_path / "x.json", RUN, [kept])
+        assert (tmp_path / "x.json").read_text() == first
+
+    def test_an_error_at_its_bound_survives_rounding(self, tmp_path) -> None:
+        report.write(tmp_path / "x.json", RUN, [row(error=0.00599996, error_bound=0.00599996)])
+        assert report.read(tmp_path / "x.json")[1][0].error == 0.006
+
+    @pytest.mark.parametrize(
+        ("rows", "reason"),
+        [
+            ([row(time_us=float("nan"))], "time_us is nan"),
+            ([row(time_us=float("inf"))], "time_us is inf"),
+            ([row(time_us=None)], "time_us is None"),
+            ([row(time_us=0.0)], "time_us is 0.0"),
+            ([row(time_us=True)], "time_us is True"),
+            ([row(error=0.0021)], "exceeds its bound"),
+            ([row(error=float("nan"))], "error is nan"),
+            ([row(error_bound=float("inf"))], "error_bound is inf"),
+            ([row(spread_us=-1.0)], "spread_us is -1.0"),
+            ([row(dispatch_us=float("nan"))], "dispatch_us is nan"),
+            ([row(bytes=0)], "bytes is 0"),
+            ([row(), row(time_us=90.0)], "twice"),
+        ],
+    )
+    def test_refused(self, tmp_path, rows, reason) -> None:
+        path = tmp_path / "x.json"
+        with pytest.raises(ValueError, match=reason):
+            report.write(path, RUN, rows)
+        assert not path.exists()
+
+    @pytest.mark.parametrize(
+        ("run", "reason"),
+        [
+            (dataclasses.replace(RUN, date="yesterday"), "yesterday"),
+            (dataclasses.replace(RUN, device=None), "device"),
+            (dataclasses.replace(RUN, versions={"jax": 11}), "jax"),
+            (dataclasses.replace(RUN, ceilings=report.Ceilings(0.0)), "copy_tbps"),
+            (dataclasses.replace(RUN, ceilings=report.Ceilings(None)), "copy_tbps"),
+            (dataclasses.replace(RUN, ceilings=report.Ceilings(4.0, float("nan"))), "bf16_gemm_tflops"),
+        ],
+    )
+    def test_refused_runs(self, tmp_path, run, reason) -> None:
+        with pytest.raises(ValueError, match=reason):
+            report.write(tmp_path / "x.json", run, ROWS)
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            (lambda data: data.update(more=1), "unknown fields more"),
+            (lambda data: data["run"].update(host="x"), "unknown fields host"),
+            (lambda data: data["run"]["ceilings"].update(int8=1.0), "unknown fields int8"),
+            (lambda data: data["rows"][0].update(speed=1), "row 1: unknown fields speed"),
+            (lambda data: data["rows"][0].pop("error"), "row 1: fields error are missing"),
+            (lambda data: data["rows"][0].update(error=1.0), "exceeds its bound"),
+            (lambda data: data["rows"].append(data["rows"][0]), "twice"),
+            (lambda data: data.update(rows=["text"]), "expected an object"),
+        ],
+    )
+    def test_reading_is_as_strict(self, tmp_path, change, reason) -> None:
+        path = tmp_path / "x.json"
+        report.write(path, RUN, ROWS)
+        data = json.loads(path.read_text())
+        change(data)
+        path.write_text(json.dumps(data))
+        with pytest.raises(ValueError, match=re.escape(str(path)) + f".*{reason}"):
+            report.read(path)
+
+    @pytest.mark.parametrize(
+        ("device", "folder"),
+        [
+            ("NVIDIA H200", "h200"),
+            ("NVIDIA H100 80GB HBM3", "h100"),
+            ("NVIDIA B200", "b200"),
+            ("AMD Instinct MI355X", "mi355x"),
+            ("Intel Xeon, 2 cores", "intel-xeon-2-cores"),
+        ],
+    )
+    def test_slug(self, device, folder) -> None:
+        assert report.slug(device) == folder
+
+
+class TestArithmetic:
+    def test_rates(self) -> None:
+        measured = row(time_us=50.0, bytes=100_000_000, flops=40_000_000_000)
+        assert measured.tbps == pytest.approx(2.0)  # 1e8 bytes in 5e-5 s
+        assert measured.tflops == pytest.approx(800.0)  # 4e10 in 5e-5 s
+
+    @pytest.mark.parametrize(
+        ("variant", "size", "flops", "expected"),
+        [
+            ("fp8 causal", 200_000_000, 0, 0.5),  # 2e8 / 4e12 = 50 us of 100
+            ("fp8 causal", 4_000_000, 128_000_000_000, 0.8),  # 1.28e11 / 1.6e15 = 80 us
+            ("bf16 causal", 4_000_000, 64_000_000_000, 0.8),  # 6.4e10 / 8e14 = 80 us
+            ("exact", 4_000_000, 64_000_000_000, 0.8),
+            ("bf16 causal", 360_000_000, 64_000_000_000, 0.9),  # the bytes take longer: 90 us
+        ],
+    )
+    def test_roofline(self, variant, size, flops, expected) -> None:
+        measured = row(variant=variant, bytes=size, flops=flops, time_us=100.0)
+        assert measured.roofline(RUN.ceilings) == pytest.approx(expected)
+
+    def test_a_ceiling_that_was_not_measured_does_not_count(self) -> None:
+        measured = row(bytes=200_000_000, flops=10**15)
+        assert measured.roofline(report.Ceilings(4.0)) == pytest.approx(0.5)
+
+
+class TestTable:
+    def test_ratio_to_the_fastest_peer(self) -> None:
+        ratios = [report.ratio(ROWS, each) for each in ROWS]
+        assert ratios == [1.5, 1.2, 0.375, 1.0, 1.0, 1.0]
+        assert report.ratio(ROWS, row(variant="fp8_group128_f32_row")) is None
+
+    def test_lines(self) -> None:
+        text = report.table(RUN, [*ROWS, row(variant="bf16", bytes=4_000_000, flops=64 * 10**9, case="alone")])
+        lines = text.splitlines()
+        assert "NVIDIA H200, 2026-11-20" in lines[0] and "copy 4 TB/s" in lines[0] and "1600 TFLOP/s" in lines[0]
+        assert len(lines) == 4 + len(ROWS) + 1
+        (ours,) = (line for line in lines if " pallas " in line and "4096" in line)
+        assert re.search(r"fp8_tensor +pallas +100 +1\.5 +2\.00 TB/s +50% +0\.001 +0\.002 +1\.50x$", ours)
+        assert any(re.search(r"quick \(peer\) +150 .* 1\.00x$", line) for line in lines)
+        assert re.search(r"640 TFLOP/s +80% .* -$", lines[-1])
+        assert "64 GB/s" in report.table(RUN, [row(bytes=6_400_000)])
+
+    def test_plain_where_there_is_no_terminal(self, capsys) -> None:
+        report.print_table(RUN, ROWS)
+        assert capsys.readouterr().out == report.table(RUN, ROWS) + "\n"
+
+    @pytest.mark.parametrize(
+        ("value", "text"), [(3.2149, "3.215"), (123.45, "123.5"), (4247.8, "4248"), (1e5, "100000")]
+    )
+    def test_digits(self, value, text) -> None:
+        assert report._digits(value) == text
+
+    def test_rich_on_a_terminal(self, monkeypatch, capsys) -> None:
+        pytest.importorskip("rich", reason="rich, of the extra bench, is not installed")
+        monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+        monkeypatch.setenv("COLUMNS", "200")
+        report.print_table(RUN, ROWS)
+        printed = capsys.readouterr().out
+        assert "1.50x" in printed and "50%" in printed and printed != report.table(RUN, ROWS) + "\n"
+
+
+SIZES = [
+    row(
+        case=f"T={tokens}",
+        implementation=name,
+        is_peer=name == "peer",
+        variant=variant,
+        time_us=3 + tokens * slope,
+        bytes=tokens * 82944,
+    )
+    for tokens in (1, 16, 256, 4096)
+    for name, slope in (("pallas", 0.022), ("peer", 0.08))
+    for variant in ("bf16", "fp8_tensor")
+]
+
+
+class TestPlot:
+    @pytest.mark.parametrize("suffix", ["png", "svg"])
+    def test_writes_a_file(self, tmp_path, suffix) -> None:
+        pytest.importorskip("matplotlib", reason="matplotlib, of the extra bench, is not installed")
+        path = tmp_path / "plots" / f"merge.{suffix}"
+        report.plot(RUN, SIZES, path)
+        start = {"png": b"\x89PNG", "svg": b"<?xml"}[suffix]
+        assert path.read_bytes().startswith(start) and path.stat().st_size > 10_000
+        if suffix == "svg":  # the text of a label stands in a comment beside its outlines
+            text = path.read_text()
+            for label in ("roofline", "pallas", "peer (peer)", "achieved [TB/s]", "bytes read and written [MB]"):
+                assert f"<!-- {label} -->" in text
+            assert "<!-- merge_attn_states on NVIDIA H200, 2026-11-20 -->" in text
+
+    def test_compute_bound_rows_show_flops(self, tmp_path) -> None:
+        pytest.importorskip("matplotlib", reason="matplotlib, of the extra bench, is not installed")
+        report.plot(RUN, [row(flops=10**11, case="a"), row(flops=10**10, case="b", bytes=10**6)], tmp_path / "x.svg")
+        assert "<!-- achieved [TFLOP/s] -->" in (tmp_path / "x.svg").read_text()
+
+    def test_equal_sizes_become_one_point(self) -> None:
+        sizes, rates = report._curve([(8.0, 2.0), (1.0, 3.0), (8.01, 8.0)])
+        assert (sizes, rates) == ([1.0, 8.0], pytest.approx([3.0, 4.0]))
+
+    def test_other_suffixes(self, tmp_path) -> None:
+        with pytest.raises(ValueError, match=r"\.png or \.svg"):
+            report.plot(RUN, SIZES, tmp_path / "x.pdf")
+
+    def test_no_rows(self, tmp_path) -> None:
+        with pytest.raises(ValueError, match="no rows"):
+            report.plot(RUN, [], tmp_path / "x.png")
+
+    def test_without_matplotlib(self, tmp_path, monkeypatch) -> None:
+        find = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "matplotlib" else find(n, *a))
+        with pytest.raises(ModuleNotFoundError, match=r"pip install 'jax_fp8attn\[bench\]'"):
+            report.plot(RUN, SIZES, tmp_path / "x.png")
+
+
+class TestReadme:
+    TEXT = f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n"
+
+    @pytest.fixture
+    def results(self, tmp_path) -> Path:
+        report.write(stored(tmp_path), RUN, ROWS)
+        case = "Qwen3.5-397B TP8, 1 x 8192"
+        gdn = row(op="gdn_prefill", case=case, variant="bf16", shape={"T": 8192}, time_us=92.0, bytes=92_000_000)
+        other = dataclasses.replace(gdn, case="not a headline")
+        report.write(stored(tmp_path, "gdn_prefill"), RUN, [gdn, other])
+        return tmp_path
+
+    def test_table(self, results) -> None:
+        link = "[NVIDIA H200](benchmarks/results/h200/{}.json), 2026-11-20"
+        assert report.readme_table(results).splitlines()[2:] == [
+            "| `merge_attn_states` | DeepSeek-V3 TP1, T=4096, fp8_tensor | 100 us, 2.00 TB/s (`pallas`) | 50% "
+            f"| 150 us (quick) | 1.50x | {link.format('merge_attn_states')} |",
+            "| `gdn_prefill` | Qwen3.5-397B TP8, 1 x 8192, bf16 | 92 us, 1.00 TB/s (`pallas`) | 25% "
+            f"| - | - | {link.format('gdn_prefill')} |",
+        ]
+
+    def test_columns_agree(self, results) -> None:
+        assert len({line.count("|") for line in report.readme_table(results).splitlines()}) == 1
+
+    def test_nothing_stored(self, tmp_path) -> None:
+        assert report.readme_table(tmp_path) == "Nothing is measured yet."
+
+    def test_update(self, results, tmp_path) -> None:
+        readme = tmp_path / "README.md"
+        readme.write_text(self.TEXT)
+        assert report.update_readme(readme, results)
+        table = report.readme_table(results)
+        assert readme.read_text() == self.TEXT.replace("old", table)
+        assert not report.update_readme(readme, results)
+
+    @pytest.mark.parametrize("text", ["none", report.BEGIN, f"{report.END}{report.BEGIN}", TEXT + TEXT])
+    def test_markers(self, tmp_path, text) -> None:
+        readme = tmp_path / "README.md"
+        readme.write_text(text)
+        with pytest.raises(ValueError, match="measured:begin"):
+            report.update_readme(readme, tmp_path)
+        assert readme.read_text() == text
+
+    def test_command(self, results, tmp_path, capsys) -> None:
+        readme = tmp_path / "README.md"
+        readme.write_text(self.TEXT)
+        assert report.main(["--results", str(results)]) == 0
+        assert capsys.readouterr().out == report.readme_table(results) + "\n"
+        assert report.main(["--results", str(results), "--write", str(readme)]) == 0
+        assert "100 us" in readme.read_text()
+
+
+class TestRepository:
+    def test_readme_says_what_is_stored(self, tmp_path) -> None:
+        """A stale table fails; ``python -m jax_fp8attn.benchmarks.report --write README.md`` mends it."""
+        text = (REPOSITORY / "README.md").read_text()
+        assert text.count(report.BEGIN) == text.count(report.END) <= 1
+        if report.BEGIN in text:
+            copy = tmp_path / "README.md"
+            copy.write_text(text)
+            report.update_readme(copy)
+            assert copy.read_text() == text
+
+    @pytest.mark.parametrize("path", STORED, ids=lambda path: f"{path.parent.name}/{path.name}")
+    def test_stored_files(self, path) -> None:
+        """memory.json holds peaks of memory, not times, and has its own fields."""
+        if path.name == "memory.json" or "run" not in json.loads(path.read_text()):
+            return
+        run, rows = report.read(path)
+        assert rows and {row.op for row in rows} == {path.stem}
+        assert path == report.results_path(run.device, path.stem)
