@@ -455,12 +455,18 @@ def update_readme(path: Path | str, results: Path | str = RESULTS) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the table of README.md, or writes it."""
+    """Prints the table of README.md, or writes it; draws the plots."""
     parser = argparse.ArgumentParser(prog="python -m jax_fp8attn.benchmarks.report", description=main.__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="folder of the stored files")
     parser.add_argument("--write", type=Path, metavar="FILE", help="put the table between the markers of FILE")
+    parser.add_argument("--plots", action="store_true", help="draw every stored file into an SVG beside it")
     options = parser.parse_args(arguments)
-    if options.write is None:
+    if options.plots:
+        for path in sorted(options.results.glob("*/*.json")):
+            if path.parent.name != "cpu":
+                plot(*read(path), path.with_suffix(".svg"))
+                print(path.with_suffix(".svg"))
+    elif options.write is None:
         print(readme_table(options.results))
     else:
         changed = update_readme(options.write, options.results)

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from jax_fp8attn import cli
-from jax_fp8attn.cli import layers, show
+from jax_fp8attn.cli import check, layers, show
 
 
 def run(*arguments, **environment):
@@ -92,3 +92,31 @@ def test_module_runs_as_a_program():
 def test_show():
     assert show.table(("a", "bb"), [("1", "2"), ("333", "4")]) == "a    bb\n---  --\n1    2\n333  4"
     assert [show.duration(s) for s in (2.5, 0.0025, 2.5e-6, 2.5e-8)] == ["2.5 s", "2.5 ms", "2.5 us", "0.025 us"]
+
+
+@pytest.mark.skipif(jax.devices()[0].platform == "gpu", reason="there is a GPU: bench would run")
+def test_bench_needs_a_gpu(capsys):
+    assert cli.main(["bench"]) == 2
+    assert "GPU" in capsys.readouterr().out
+
+
+def test_check_counts(monkeypatch, tmp_path, capsys):
+    """Passed, failed and skipped tests of a suite; a failure, a crash or nothing at all give exit status 1."""
+    suite = tmp_path / "test_suite.py"
+    monkeypatch.setattr(check, "SUITES", {"merge_attn_states": (str(suite),)})
+    for body, counts, status in (
+        ("def test_a(): pass\ndef test_b(): pass", [2, 0, 0], 0),
+        ("import pytest\ndef test_a(): pass\ndef test_b(): assert 0\ndef test_c(): pytest.skip('-')", [1, 1, 1], 1),
+        ("import os\ndef test_a(): os._exit(3)", [0, 1, 0], 1),
+        ("", [0, 1, 0], 1),
+    ):
+        suite.write_text(body)
+        assert cli.main(["check", "--op", "merge_attn_states", "--json"]) == status
+        (found,) = json.loads(capsys.readouterr().out)["suites"].values()
+        assert list(found.values()) == counts
+
+
+def test_sanitizer_that_is_not_there(monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    assert cli.main(["check", "--sanitize"]) == 2
+    assert "compute-sanitizer" in capsys.readouterr().out

@@ -282,7 +282,7 @@ class TestExplain:
 
     @pytest.mark.parametrize("op", ["merge", "quantize_fp8", "", None, "explain", "__doc__"])
     def test_unknown_ops(self, op: Any) -> None:
-        with pytest.raises(InvalidInputError, match="explain: op is .*expected one of.*merge_attn_states"):
+        with pytest.raises(InvalidInputError, match=r"explain: op is .*expected one of.*merge_attn_states"):
             fp8attn.explain(op)
 
     def test_facts_are_frozen(self) -> None:

@@ -320,7 +320,7 @@ def test_beta(beta, implementation):
     case = case.replace(beta=np.broadcast_to(np.float32(values), case.beta.shape))
     check(case, implementation)
     if beta == 0.0:
-        o, final, _ = in_kv(run(case, implementation))
+        _, final, _ = in_kv(run(case, implementation))
         total = np.stack([case.g[f:e].sum(0) for f, e in cases.ranges(case.cu, T)])
         np.testing.assert_allclose(final, np.exp(total)[..., None, None] * case.initial, rtol=1e-4, atol=1e-12)
 
@@ -954,7 +954,7 @@ def test_nested_vmap_and_no_instance():
 @pytest.mark.slow
 def test_vmap_of_transitions_and_metadata():
     """R16"""
-    *tensors, state, _, cu = instances()
+    *tensors, _, _, cu = instances()
     transition = lambda cu, *x: fp8attn.gdn_transition(*x[1:], cu_seqlens=cu)
     got = jax.vmap(transition)(cu, *tensors)
     testing.assert_bitwise_equal([x[1] for x in got], list(transition(cu[1], *[x[1] for x in tensors])))

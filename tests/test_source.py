@@ -142,7 +142,9 @@ class TestCasts:
 
 
 class TestImports:
-    GROUND = {f"jax_fp8attn.{name}" for name in ("quantize", "latent", "errors", "problems", "offsets", "folding")}
+    GROUND = frozenset(
+        f"jax_fp8attn.{name}" for name in ("quantize", "latent", "errors", "problems", "offsets", "folding")
+    )
 
     def test_reference_stands_on_the_ground_floor(self) -> None:
         for name in modules("jax_fp8attn.reference"):

@@ -134,7 +134,7 @@ class TestNonFinite:
             testing.assert_same_nonfinite,
         ):
             for actual in (moved, OUT, np.where(np.isnan(expected), np.inf, -expected)):
-                with pytest.raises(AssertionError, match="positions differ|shape"):
+                with pytest.raises(AssertionError, match=r"positions differ|shape"):
                     compare(actual, expected)
 
     def test_the_first_position_is_named(self) -> None:

@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
         files = [str(tests / name) for name in SUITES[op] if (tests / name).exists()]
         if options.sanitize:
             for tool in TOOLS:
-                command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--kernel-regex", OURS]
+                command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--kernel-name", OURS]
                 counts[f"{op} {tool}"] = _run(files, options, "sanitize", command)
         else:
             counts[op] = _run(files, options, "" if options.all else "not slow", [])
