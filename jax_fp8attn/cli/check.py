@@ -65,7 +65,7 @@ def _run(files: list[str], options: argparse.Namespace, marks: str, prefix: list
         done = subprocess.run(
             [*command, "-p", "no:cacheprovider"],
             env=os.environ | _environment(options.device, bool(prefix)),
-            stdout=sys.stderr if options.json else None,
+            stdout=subprocess.DEVNULL if options.json else None,
         )
         if not report.exists():
             return {"passed": 0, "failed": 1, "skipped": 0}
