@@ -171,7 +171,7 @@ def _read(ptx: Path) -> Kernel:
     return Kernel(
         name=ptx.stem,
         registers=max(_numbers(r"Used (\d+) registers", log)),
-        spilled=sum(_numbers(r"(\d+) bytes spill (?:stores|loads)", log)),
+        spilled=sum(max(_numbers(rf"(\d+) bytes spill {kind}", log), default=0) for kind in ("stores", "loads")),
         shared_memory=sum(_numbers(r"smem_scratch_bytes=(\d+)", resources)),
         warnings=tuple(sorted({line.strip() for line in log.splitlines() if "warn" in line.lower() or "(C75" in line})),
         instructions=len(instructions),

@@ -1,0 +1,91 @@
+"""Which rows a block works on: made on the device from the offsets, so that lengths may change without a retrace."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax_fp8attn.pallas.common.hopper import KEY_GROUP, KEY_ORDER
+
+FIELDS = ("first_query", "rows", "first_key", "first_column", "visible", "key_count", "instance", "sequence")
+"""Of a tile. ``rows`` 0: an unused slot. ``visible``: keys that the first row sees, possibly negative."""
+
+
+class Regions(NamedTuple):
+    """Where the columns of each sequence's V^T stand."""
+
+    first: jax.Array  # int32 [B], multiples of the alignment
+    source: jax.Array  # int32 [columns]: the key of each column, -1 for padding
+
+
+def key_regions(k_start: jax.Array, k_length: jax.Array, keys: int, align: int) -> Regions:
+    """A region a sequence, whole multiples of ``align`` columns; keys in KEY_ORDER inside each group of 16."""
+    sequences = k_start.shape[0]
+    blocks = -(-k_length // align)
+    last = jnp.cumsum(blocks) * align
+    first = last - blocks * align
+    columns = (-(-keys // align) + sequences) * align
+    column = np.arange(columns, dtype=np.int32)
+    ordered = column // KEY_GROUP * KEY_GROUP + np.asarray(KEY_ORDER, np.int32)[column % KEY_GROUP]
+    sequence = jnp.minimum(jnp.searchsorted(last, column, side="right"), sequences - 1)
+    local = ordered - first[sequence]
+    inside = (local >= 0) & (local < k_length[sequence])
+    return Regions(first.astype(jnp.int32), jnp.where(inside, k_start[sequence] + local, -1))
+
+
+def transposed_values(v: jax.Array, regions: Regions) -> jax.Array:
+    """v [S, H, 128] as [H, 128, columns]; padding is zero."""
+    rows = jnp.where((regions.source >= 0)[:, None, None], v[jnp.maximum(regions.source, 0)], jnp.zeros((), v.dtype))
+    return rows.transpose(1, 2, 0)
+
+
+class Work(NamedTuple):
+    tiles: jax.Array  # int32 [tiles, FIELDS]
+    place: jax.Array  # int32 [T]: slot * rows of a tile + row, of every token
+
+
+def query_tiles(problem: Any, arrays: Any, regions: Regions, rows: int) -> Work:
+    """Tiles of ``rows`` query rows. Every token is in one: those of no sequence are in tiles without keys."""
+    tokens, sequences = problem.tokens, problem.sequences
+    # bounds of what lies before, in and behind each sequence, one after the other
+    bounds = jnp.stack([arrays.q_start, arrays.q_start + arrays.q_length], axis=1).reshape(-1)
+    bounds = jnp.concatenate([jnp.zeros(1, jnp.int32), bounds, jnp.full(1, tokens, jnp.int32)])
+    start, length = bounds[:-1], jnp.diff(bounds)
+    count = -(-length // rows)
+    last = jnp.cumsum(count)
+    slots = tokens // rows + 2 * sequences + 1
+    slot = jnp.arange(slots, dtype=jnp.int32)
+    span = jnp.minimum(jnp.searchsorted(last, slot, side="right"), 2 * sequences).astype(jnp.int32)
+    local = (slot - (last - count)[span]) * rows
+    sequence = lax.div(span, 2)
+    owned = lax.rem(span, 2) == 1
+    sequence = jnp.where(owned, sequence, 0)
+    key_count = jnp.where(owned, arrays.k_length[sequence], 0)
+    visible = local + 1 + key_count - arrays.q_length[sequence] if problem.causal else key_count
+    used = slot < last[-1]
+    facts = {
+        "first_query": start[span] + local,
+        "rows": jnp.where(used, jnp.clip(length[span] - local, 0, rows), 0),
+        "first_key": arrays.k_start[sequence],
+        "first_column": regions.first[sequence],
+        "visible": jnp.where(owned, visible, 0),
+        "key_count": key_count,
+        "instance": lax.div(sequence, sequences // problem.instances),
+        "sequence": sequence,
+    }
+    table = jnp.stack([facts[name].astype(jnp.int32) for name in FIELDS], axis=1)
+    token = jnp.arange(tokens, dtype=jnp.int32)
+    mine = jnp.searchsorted(bounds[1:], token, side="right").astype(jnp.int32)
+    offset = token - start[mine]
+    own_slot = (last - count)[mine] + lax.div(offset, rows)
+    if problem.causal:  # the longest tiles of a sequence first
+        table, own_slot = table[::-1], slots - 1 - own_slot
+    return Work(table, own_slot * rows + lax.rem(offset, rows))
+
+
+def rows_of_tiles(x: jax.Array, work: Work, tokens: int) -> jax.Array:
+    """[H, tiles, rows] to [H, T]."""
+    return jnp.take(x.reshape(x.shape[0], -1), work.place, axis=1)
