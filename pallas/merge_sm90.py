@@ -21,14 +21,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax_fp8attn.pallas.common import rows
 from jax_fp8attn.pallas.common.backend import store, to_e4m3, varying_like
+from jax_fp8attn.pallas.common.groups import finite_magnitude, group_scale
 
 from jax_fp8attn.dispatch import Device
 from jax_fp8attn.problems import MergeArrays, MergeProblem
-from jax_fp8attn.quantize import E4M3, FP8_MAX, Fp8Array, Fp8PerGroup, Fp8PerTensor
+from jax_fp8attn.quantize import E4M3, Fp8Array, Fp8PerGroup, Fp8PerTensor
 
 LN2 = math.log(2.0)
 TINY = 2.0**-126  # the smallest normal float32: what lies below may have been flushed to zero
-SMALLEST_BYTE = 94  # 2^-33, the power of two above quantize.SCALE_FLOOR
 WIDEST_ROW = 128
 
 
@@ -369,17 +369,9 @@ class _Kernel:
         store(gmem.out_lse.at[place], lse)
 
     def _store_groups(self, gmem: _Refs, tile: _Tile, row: Any, target: Any, out: Any) -> Any:
-        """One quantisation group a row. Only finite elements count for its scale."""
-        magnitude = jnp.abs(out)
-        amax = jnp.max(jnp.where(magnitude < jnp.inf, magnitude, 0.0), axis=1)
-        amax = jnp.maximum(amax, self.quant.eps)
-        byte = None
-        if self.quant.scale_format == "ue8m0":
-            byte = _ue8m0_byte_of_amax(amax)
-            scale, inverse = _power_of_two(byte), _power_of_two(254 - byte)
-        else:
-            limit = FP8_MAX[E4M3]
-            scale, inverse = amax / limit, limit / amax
+        """One quantisation group a row."""
+        amax = jnp.max(finite_magnitude(out), axis=1)
+        scale, inverse, byte = group_scale(amax, self.quant)
         out = out * tile.spread(inverse, self.config.width)
         store(target, to_e4m3(out))
         if self.quant.scale_layout == "row":
@@ -392,14 +384,3 @@ class _Kernel:
         lines = [row_block] if self.packed else [self._row(row_block, k) for k in range(self.config.rows)]
         for line, column in itertools.product(lines, range(self.problem.tokens, gmem.out_scales.shape[1])):
             gmem.out_scales[line, column] = jnp.zeros((), gmem.out_scales.dtype)
-
-
-def _ue8m0_byte_of_amax(amax: Any) -> Any:
-    """Biased exponent of the smallest power of two >= amax / 448 = amax / (1.75 * 2^8), from the bits of amax."""
-    bits = lax.bitcast_convert_type(amax, jnp.int32)
-    byte = (bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000).astype(jnp.int32)
-    return jnp.maximum(byte, SMALLEST_BYTE)
-
-
-def _power_of_two(byte: Any) -> Any:
-    return lax.bitcast_convert_type(byte << 23, jnp.float32)

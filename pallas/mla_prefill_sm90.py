@@ -19,17 +19,19 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jax_fp8attn.pallas.common import hopper, tile_list
-from jax_fp8attn.pallas.common.backend import varying_like
+from jax_fp8attn.pallas.common.backend import to_e4m3, varying_like
+from jax_fp8attn.pallas.common.groups import finite_magnitude, group_scale
 from jax_fp8attn.pallas.common.hopper import finished, full_row, row_max, row_sum, spread
 
 from jax_fp8attn.dispatch import Device
 from jax_fp8attn.problems import MlaArrays, MlaProblem
-from jax_fp8attn.quantize import E4M3, quantize_output, to_stored
+from jax_fp8attn.quantize import E4M3, Fp8Array, Fp8PerGroup, Fp8PerTensor, physical_scales, to_stored
 
 LOG2E, LN2 = math.log2(math.e), math.log(2.0)
 WARPGROUPS, ROWS = 2, 64  # of consumers, and query rows of each
 NOPE, ROPE, VALUES = 128, 64, 128
 PIECE = 64  # columns that are masked at once
+TINY = 2.0**-126  # the smallest normal float32: what lies below may have been flushed to zero
 LIFT = 8.0  # probabilities are stored times 2^8: the smallest stay normal numbers of e4m3
 
 
@@ -81,11 +83,28 @@ def build(problem: MlaProblem, config: MlaConfig, interpret: Any = None) -> Call
 
     @jax.enable_x64(False)
     def op(arrays: MlaArrays) -> Any:
-        out, lse = _attention(problem, config, arrays, interpret)
-        out = quantize_output(out, problem.output_quant, arrays.output_scale, problem.out_dtype)
-        return (out, lse) if problem.return_lse else out
+        if not (problem.tokens and problem.keys and problem.sequences and problem.heads):
+            raise NotImplementedError("nothing to attend to")
+        regions = tile_list.key_regions(arrays.k_start, arrays.k_length, problem.keys, NOPE)
+        work = tile_list.query_tiles(problem, arrays, regions, WARPGROUPS * ROWS)
+        kernel = _Kernel(problem, config, work.tiles.shape[0], interpret)
+        results = varying_like(arrays, kernel.call(_operands(problem, arrays, regions, work)))
+        return _result(problem, arrays, work, *results)
 
     return op
+
+
+def _result(problem: MlaProblem, arrays: MlaArrays, work: tile_list.Work, out: jax.Array, *tiled: jax.Array) -> Any:
+    """lse and scales leave the kernel tile by tile; here each token's are picked."""
+    spec = problem.output_quant
+    by_token = [tile_list.rows_of_tiles(x, work) for x in tiled]
+    if isinstance(spec, Fp8PerTensor):
+        scale = arrays.output_scale
+        out = Fp8Array(out, scale[0] if problem.instances == 1 else scale, spec, problem.tokens)
+    elif spec is not None:
+        scales = by_token.pop().transpose(2, 0, 1).reshape(problem.tokens, -1)  # [H, groups of a head, T] before
+        out = Fp8Array(out, physical_scales(scales, spec), spec, problem.tokens)
+    return (out, by_token[0]) if problem.return_lse else out
 
 
 class _Operands(NamedTuple):
@@ -94,41 +113,35 @@ class _Operands(NamedTuple):
     q: jax.Array  # e4m3 [T, H, 192]
     k: jax.Array  # e4m3 [S, H, 192], or the nope part [S, H, 128]
     k_rope: jax.Array | None  # e4m3 [S, 64]
-    v: jax.Array  # e4m3 [H, 128, columns], columns in regions that start at multiples of 128
-    scales: jax.Array  # float32 [instances, 2]: of the exponent in base 2, of the output
+    v: jax.Array  # e4m3 [H, 128, columns], columns in regions that start at multiples of 128; 0 for NaN
+    first_nan: jax.Array  # int32 [B, H, 128]: the first key of a sequence with NaN in a column of its values
+    scales: jax.Array  # float32 [instances, 3]: of the exponent in base 2, of the output, of its codes
     tiles: jax.Array  # int32 [tiles, FIELDS]
+    state_out: jax.Array | None  # [T, H, 128]
+    state_lse: jax.Array | None  # float32 [H, tiles, 128]; -inf for rows without a state
 
 
-def _attention(
-    problem: MlaProblem, config: MlaConfig, arrays: MlaArrays, interpret: Any
-) -> tuple[jax.Array, jax.Array]:
-    """float32 or rounded out [T, H, 128], and lse [H, T]."""
-    regions = tile_list.key_regions(arrays.k_start, arrays.k_length, problem.keys, NOPE)
-    work = tile_list.query_tiles(problem, arrays, regions, WARPGROUPS * ROWS)
-    operands = _operands(problem, arrays, regions, work)
-    kernel = _Kernel(problem, config, work.tiles.shape[0], interpret)
-    out, lse = varying_like(arrays, kernel.call(operands))
-    return out, tile_list.rows_of_tiles(lse, work, problem.tokens)
-
-
-def _operands(
-    problem: MlaProblem, arrays: MlaArrays, regions: tile_list.Regions, work: tile_list.Work
-) -> _Operands:
+def _operands(problem: MlaProblem, arrays: MlaArrays, regions: tile_list.Regions, work: tile_list.Work) -> _Operands:
     def stored(x: jax.Array | None, scale: jax.Array) -> jax.Array | None:
         if x is None or x.dtype == E4M3:
             return x
         rows = jnp.repeat(scale, x.shape[0] // problem.instances, total_repeat_length=x.shape[0])
         return to_stored(x, scale[0] if problem.instances == 1 else rows.reshape(-1, *[1] * (x.ndim - 1)))
 
-    v = stored(arrays.v, arrays.v_scale)
+    values, first_nan = tile_list.transposed_values(stored(arrays.v, arrays.v_scale), regions)
     exponent = arrays.q_scale * arrays.k_scale * arrays.softmax_scale * LOG2E
+    codes = jnp.ones_like(exponent) if arrays.output_scale is None else 1.0 / arrays.output_scale
+    state = problem.state_dtype is not None
     return _Operands(
         q=stored(arrays.q, arrays.q_scale),
         k=stored(arrays.k, arrays.k_scale),
         k_rope=stored(arrays.k_rope, arrays.k_scale),
-        v=tile_list.transposed_values(v, regions),
-        scales=jnp.stack([exponent, arrays.v_scale], axis=1),
+        v=values,
+        first_nan=first_nan,
+        scales=jnp.stack([exponent, arrays.v_scale, codes], axis=1),
         tiles=work.tiles,
+        state_out=arrays.initial_out if state else None,
+        state_lse=tile_list.tiles_of_rows(arrays.initial_lse, work) if state else None,
     )
 
 
@@ -140,9 +153,12 @@ class _Shared(NamedTuple):
     k_nope: tuple[Any, Any]  # [stages, keys, 128]
     k_rope: tuple[Any, Any]
     v: Any  # [stages, 128, keys]
+    state: Any  # [2 * pieces, 64, columns], in the same memory as out; None without a state
     out: Any  # [2 * pieces, 64, columns]
     lse: Any  # [2, 64]
+    scales: Any  # [2 * groups, 64]; None without groups
     q_there: Any
+    state_there: Any
     k_there: Any
     v_there: Any
     k_free: Any
@@ -160,9 +176,17 @@ class _Tile(NamedTuple):
     first_column: Any
     visible: Any  # keys that the first row sees; every next row sees one more under ``causal``
     key_count: Any
-    exponent: Any
-    v_scale: Any
+    sequence: Any
+    instance: Any
     blocks: Any  # of keys, at least one
+
+
+class _Results(NamedTuple):
+    """What the kernel writes."""
+
+    out: Any  # [T, H, 128]
+    lse: Any  # [H, tiles, 128]
+    scales: Any  # [H, groups, tiles, 128] or None
 
 
 class _Softmax(NamedTuple):
@@ -180,6 +204,7 @@ class _Scores(NamedTuple):
     smem: _Shared
     warpgroup: Any
     keys: int
+    exponent: Any  # that scores are multiplied with
     interpreted: bool
 
     def issue(self, accumulator: Any, slot: Any) -> None:
@@ -188,7 +213,13 @@ class _Scores(NamedTuple):
         plgpu.wgmma(accumulator, smem.q_rope[1].at[self.warpgroup], smem.k_rope[1].at[slot].T)
 
     def read(self, slot: Any) -> Any:
-        """[64, keys]. Interpreted, the operands are read plainly, so that a race on them is seen."""
+        """[64, keys]; the keys are free then."""
+        product = self.product(slot)
+        plgpu.barrier_arrive(self.smem.k_free.at[slot])
+        return product
+
+    def product(self, slot: Any) -> Any:
+        """Interpreted, the operands are read plainly, so that a race on them is seen."""
         if not self.interpreted:
             return finished(lambda accumulator: self.issue(accumulator, slot), (ROWS, self.keys))
         smem = self.smem
@@ -207,19 +238,24 @@ class _Kernel:
     interpret: Any
 
     @property
-    def pieces(self) -> int:
-        """Copies of 128 bytes that an output row leaves in."""
-        return VALUES * self.out_dtype.itemsize // 128
+    def merges(self) -> bool:
+        return self.problem.state_dtype is not None
+
+    @property
+    def groups(self) -> int:
+        """Quantisation groups of a row."""
+        spec = self.problem.output_quant
+        return VALUES // spec.group_size if isinstance(spec, Fp8PerGroup) else 0
 
     @property
     def out_dtype(self) -> Any:
-        """What a quantisation after the kernel reads is not rounded before."""
-        wide = self.problem.output_quant is not None
-        return jnp.dtype(jnp.float32) if wide else jnp.dtype(self.problem.out_dtype)
+        return E4M3 if self.problem.output_quant is not None else jnp.dtype(self.problem.out_dtype)
 
     def call(self, operands: _Operands) -> list[jax.Array]:
         problem = self.problem
         options = {} if self.interpret is None else {"interpret": self.interpret}
+        scale_shape = (problem.heads, self.groups, self.tiles, WARPGROUPS * ROWS)
+        scales = jax.ShapeDtypeStruct(scale_shape, jnp.float32)
 
         def fp8attn_mla_prefill_sm90(*refs: Any) -> None:
             self._body(*refs)
@@ -229,6 +265,7 @@ class _Kernel:
             out_type=[
                 jax.ShapeDtypeStruct((problem.tokens, problem.heads, VALUES), self.out_dtype),
                 jax.ShapeDtypeStruct((problem.heads, self.tiles, WARPGROUPS * ROWS), jnp.float32),
+                *([scales] if self.groups else []),
             ],
             grid=(problem.heads * self.tiles,),
             grid_names=("block",),
@@ -246,19 +283,21 @@ class _Kernel:
         stages, keys = config.stages, config.keys
         anywhere = lambda shape, swizzle: hopper.rows_anywhere(shape, E4M3, swizzle, plain)
         barrier = lambda arrivals, count: plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
-        columns = 128 // self.out_dtype.itemsize
-        out = plgpu.SMEM(
-            (WARPGROUPS * self.pieces, ROWS, columns), self.out_dtype, transforms=(plgpu.SwizzleTransform(128),)
-        )
+        out = hopper.rows_out(WARPGROUPS, ROWS, VALUES, self.out_dtype, plain)
+        if self.merges:
+            state = hopper.rows_out(WARPGROUPS, ROWS, VALUES, jnp.dtype(self.problem.state_dtype), plain)
+            out = [state, out] if plain else plgpu.RefUnion(state, out)
         return [
             anywhere((WARPGROUPS, ROWS, NOPE), 128),
             anywhere((WARPGROUPS, ROWS, ROPE), 64),
             anywhere((stages, keys, NOPE), 128),
             anywhere((stages, keys, ROPE), 64),
             hopper.tiles((stages, VALUES, keys), E4M3, 128),
-            plgpu.SMEM((WARPGROUPS * self.pieces, ROWS, columns), self.out_dtype) if plain else out,
+            out,
             plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
+            *([plgpu.SMEM((WARPGROUPS * self.groups, ROWS), jnp.float32)] if self.groups else []),
             barrier(2, WARPGROUPS),
+            *([barrier(self._pieces(self.problem.state_dtype), WARPGROUPS)] if self.merges else []),
             barrier(2, stages),
             barrier(1, stages),
             barrier(WARPGROUPS, stages),
@@ -266,18 +305,25 @@ class _Kernel:
         ]
 
     def _body(self, *refs: Any) -> None:
-        pair = self.problem.k_rope_dtype is not None
-        inputs, (out, lse, *shared) = refs[: 5 + pair], refs[5 + pair :]
-        gmem = _Operands(inputs[0], inputs[1], inputs[2] if pair else None, *inputs[2 + pair :])
-        views = [hopper.views(ref, self.interpret is not None) for ref in shared[:4]]
-        smem = _Shared(*views, *shared[4:])
+        given = iter(refs)
+        present = {"k_rope": self.problem.k_rope_dtype is not None, "state_out": self.merges, "state_lse": self.merges}
+        gmem = _Operands(*(next(given) if present.get(name, True) else None for name in _Operands._fields))
+        out, lse = next(given), next(given)
+        results = _Results(out, lse, next(given) if self.groups else None)
+        views = [hopper.views(next(given), self.interpret is not None) for _ in range(4)]
+        v, last = next(given), next(given)
+        state, out_smem = last if self.merges else (None, last)
+        smem = _Shared(
+            *views, v, state, out_smem, next(given), next(given) if self.groups else None,
+            next(given), next(given) if self.merges else None, *given,
+        )  # fmt: skip
         warpgroup = lax.axis_index("warpgroup")
         tile = self._tile(gmem)
 
         @pl.when((warpgroup < WARPGROUPS) & (tile.rows > 0))
         def consumer() -> None:
             plgpu.set_max_registers(self.config.registers[0], action="increase")
-            self._consume(gmem, smem, tile, warpgroup, out, lse)
+            self._consume(gmem, smem, tile, warpgroup, results)
 
         @pl.when((warpgroup == WARPGROUPS) & (tile.rows > 0))
         def producer() -> None:
@@ -290,10 +336,9 @@ class _Kernel:
         field = lambda name: gmem.tiles[index, tile_list.FIELDS.index(name)]
         rows, visible, key_count = field("rows"), field("visible"), field("key_count")
         most = jnp.minimum(visible + rows - 1, key_count) if self.problem.causal else key_count
-        instance = field("instance")
         return _Tile(
             index, head, field("first_query"), rows, field("first_key"), field("first_column"), visible, key_count,
-            gmem.scales[instance, 0], gmem.scales[instance, 1],
+            field("sequence"), field("instance"),
             jnp.maximum(lax.div(most + (self.config.keys - 1), self.config.keys), 1),
         )  # fmt: skip
 
@@ -329,23 +374,26 @@ class _Kernel:
             plgpu.barrier_wait(smem.v_free.at[slot])
             pl.when(following < tile.blocks)(lambda: self._load_v(gmem, smem, tile, following, slot))
 
-    def _consume(self, gmem: _Operands, smem: _Shared, tile: _Tile, warpgroup: Any, out: Any, lse: Any) -> None:
+    def _consume(self, gmem: _Operands, smem: _Shared, tile: _Tile, warpgroup: Any, results: _Results) -> None:
         config = self.config
         local = warpgroup * ROWS
         rows = pl.ds(tile.first_query + local, ROWS)
         for part, where in ((smem.q_nope, pl.ds(0, NOPE)), (smem.q_rope, pl.ds(NOPE, ROPE))):
-            plgpu.copy_gmem_to_smem(gmem.q.at[rows, tile.head, where], part[0].at[warpgroup], smem.q_there.at[warpgroup])
+            plgpu.copy_gmem_to_smem(
+                gmem.q.at[rows, tile.head, where], part[0].at[warpgroup], smem.q_there.at[warpgroup]
+            )
+        if gmem.state_out is not None:
+            self._load_state(gmem, smem, tile, warpgroup)
         plgpu.barrier_wait(smem.q_there.at[warpgroup])
-
-        scores = _Scores(smem, warpgroup, config.keys, self.interpret is not None)
+        exponent = gmem.scales[tile.instance, 0]
+        scores = _Scores(smem, warpgroup, config.keys, exponent, self.interpret is not None)
         plgpu.barrier_wait(smem.k_there.at[0])
         s = scores.read(0)
-        plgpu.barrier_arrive(smem.k_free.at[0])
         state = _Softmax(
             plgpu.layout_cast(jnp.zeros((ROWS, VALUES), jnp.float32), hopper.ACCUMULATOR),
             full_row(-jnp.inf, ROWS), full_row(0.0, ROWS), full_row(0.0, ROWS),
         )  # fmt: skip
-        p, state = self._softmax(tile, s, state, local, 0)
+        p, state = self._softmax(tile, exponent, s, state, local, 0)
         p = hopper.as_operand(p, self.interpret is not None)
 
         def step(masked: bool) -> Callable[[Any, Any], Any]:
@@ -357,7 +405,7 @@ class _Kernel:
         p, state = lax.fori_loop(whole, tile.blocks, step(True), carry)
         state = self._add_values(smem, p, state, lax.rem(tile.blocks - 1, config.stages))
         # read again: the scalars of a tile would take registers through the loops
-        self._store(smem, self._tile(gmem), state, warpgroup, out, lse)
+        self._finish(gmem, smem, self._tile(gmem), state, warpgroup, results)
 
     def _visible(self, tile: _Tile, local: Any) -> Any:
         """Keys that each of 64 rows sees, [64]."""
@@ -366,14 +414,16 @@ class _Kernel:
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=hopper.ROW) + (tile.visible + local)
         return jnp.minimum(row, tile.key_count)
 
-    def _softmax(self, tile: _Tile, s: Any, state: _Softmax, local: Any, number: Any) -> tuple[list[Any], _Softmax]:
+    def _softmax(
+        self, tile: _Tile, exponent: Any, s: Any, state: _Softmax, local: Any, number: Any
+    ) -> tuple[list[Any], _Softmax]:
         """Lifted probabilities of a block of scores, in pieces. ``local``: the first row in the tile; None: every key
         is seen."""
         pieces = [s] if local is None else self._masked(tile, s, local, number)
-        top = jnp.maximum(state.top, row_max(pieces) * tile.exponent)
+        top = jnp.maximum(state.top, row_max(pieces) * exponent)
         anchor = top if local is None else jnp.where(top == -jnp.inf, 0.0, top)
         shrink = jnp.exp2(state.top - anchor)
-        pieces = [jnp.exp2(piece * tile.exponent - spread(anchor - LIFT, piece)) for piece in pieces]
+        pieces = [jnp.exp2(piece * exponent - spread(anchor - LIFT, piece)) for piece in pieces]
         return pieces, state._replace(top=top, total=state.total * shrink + row_sum(pieces), shrink=shrink)
 
     def _masked(self, tile: _Tile, s: Any, local: Any, number: Any) -> list[Any]:
@@ -399,7 +449,7 @@ class _Kernel:
             plgpu.wgmma(value_sum, operand, smem.v.at[before].T)
             s = plgpu.wgmma_accumulator_load(score_sum, wait_n=1)
             plgpu.barrier_arrive(smem.k_free.at[slot])
-            p, new = self._softmax(tile, s, state, local, number)
+            p, new = self._softmax(tile, scores.exponent, s, state, local, number)
             weighed = plgpu.wgmma_accumulator_load(value_sum, wait_n=0)
             plgpu.barrier_arrive(smem.v_free.at[before])
             return hopper.as_operand(p, False), new._replace(out=state.out * spread(state.shrink, weighed) + weighed)
@@ -412,54 +462,124 @@ class _Kernel:
         state = self._add_values(smem, operand, state, before)
         plgpu.barrier_wait(smem.k_there.at[slot])
         s = scores.read(slot)
-        plgpu.barrier_arrive(smem.k_free.at[slot])
-        p, state = self._softmax(tile, s, state, local, number)
+        p, state = self._softmax(tile, scores.exponent, s, state, local, number)
         return hopper.as_operand(p, self.interpret is not None), state
 
     def _add_values(self, smem: _Shared, operand: Any, state: _Softmax, slot: Any) -> _Softmax:
         plgpu.barrier_wait(smem.v_there.at[slot])
         weighed = self._weigh(smem, operand, slot)
-        plgpu.barrier_arrive(smem.v_free.at[slot])
         return state._replace(out=state.out * spread(state.shrink, weighed) + weighed)
 
     def _weigh(self, smem: _Shared, operand: Any, slot: Any) -> Any:
-        """Probabilities times values, a sum of its own."""
+        """Probabilities times values, a sum of its own; the values are free then."""
+        product = self._value_product(smem, operand, slot)
+        plgpu.barrier_arrive(smem.v_free.at[slot])
+        return product
+
+    def _value_product(self, smem: _Shared, operand: Any, slot: Any) -> Any:
         if self.interpret is not None:
             product = jnp.dot(operand.astype(jnp.float32), smem.v[slot].astype(jnp.float32).T)
             plgpu.commit_smem()
             return product
         return finished(lambda acc: plgpu.wgmma(acc, operand, smem.v.at[slot].T), (ROWS, VALUES))
 
-    def _store(self, smem: _Shared, tile: _Tile, state: _Softmax, warpgroup: Any, out: Any, lse: Any) -> None:
-        """Rows of the tile alone: what lies behind belongs to other tiles."""
+    @staticmethod
+    def _pieces(dtype: Any) -> int:
+        """Copies of 128 bytes that a row of values takes."""
+        return VALUES * jnp.dtype(dtype).itemsize // 128
+
+    def _load_state(self, gmem: _Operands, smem: _Shared, tile: _Tile, warpgroup: Any) -> None:
+        pieces = self._pieces(self.problem.state_dtype)
+        rows, columns = pl.ds(tile.first_query + warpgroup * ROWS, ROWS), VALUES // pieces
+        for piece in range(pieces):
+            source = gmem.state_out.at[rows, tile.head, pl.ds(piece * columns, columns)]
+            target = smem.state.at[pieces * warpgroup + piece]
+            plgpu.copy_gmem_to_smem(source, target, smem.state_there.at[warpgroup])
+
+    def _finish(
+        self, gmem: _Operands, smem: _Shared, tile: _Tile, state: _Softmax, warpgroup: Any, results: _Results
+    ) -> None:
+        """Normalises, merges the earlier state, quantises and stores."""
         nothing = state.total == 0.0
-        inverse = jnp.where(nothing, 0.0, tile.v_scale / jnp.where(nothing, 1.0, state.total))
-        value = (state.out * spread(inverse, state.out)).astype(self.out_dtype)
+        v_scale = gmem.scales[tile.instance, 1]
+        weight = jnp.where(nothing, 0.0, v_scale / jnp.where(nothing, 1.0, state.total))
+        value = state.out * spread(weight, state.out)
+        first_nan = plgpu.load(
+            gmem.first_nan.at[tile.sequence, tile.head], layout=hopper.ACCUMULATOR.reduce(0), optimized=False
+        )
+        visible = jnp.maximum(self._visible(tile, warpgroup * ROWS), 0)
+        seen = lax.broadcast_in_dim(first_nan, value.shape, [1]) < spread(visible, value)
+        value = jnp.where(seen, jnp.nan, value)
         total = jnp.log(jnp.where(nothing, 1.0, state.total))
-        smem.lse.at[warpgroup][...] = jnp.where(nothing, -jnp.inf, state.top * LN2 + (total - LIFT * LN2))
-        columns = VALUES // self.pieces
-        for piece in range(self.pieces):
-            smem.out.at[self.pieces * warpgroup + piece][...] = value[:, piece * columns : (piece + 1) * columns]
+        lse = jnp.where(nothing, -jnp.inf, state.top * LN2 + (total - LIFT * LN2))
+        if self.merges:
+            value, lse = self._merged(gmem, smem, tile, warpgroup, value, lse)
+        smem.lse.at[warpgroup][...] = lse
+        self._stage(gmem, smem, tile, warpgroup, value)
         plgpu.commit_smem()
         mine = pl.ds(warpgroup * ROWS, ROWS)
-        plgpu.copy_smem_to_gmem(smem.lse.at[warpgroup], lse.at[tile.head, tile.index, mine], commit_group=False)
-        self._store_rows(smem, tile, warpgroup, out)
+        plgpu.copy_smem_to_gmem(smem.lse.at[warpgroup], results.lse.at[tile.head, tile.index, mine], commit_group=False)
+        for group in range(self.groups):
+            source = smem.scales.at[self.groups * warpgroup + group]
+            plgpu.copy_smem_to_gmem(source, results.scales.at[tile.head, group, tile.index, mine], commit_group=False)
+        self._store_rows(smem, tile, warpgroup, results.out)
         plgpu.commit_smem_to_gmem_group()
         plgpu.wait_smem_to_gmem(0)
 
+    def _merged(
+        self, gmem: _Operands, smem: _Shared, tile: _Tile, warpgroup: Any, value: Any, lse: Any
+    ) -> tuple[Any, Any]:
+        """With the state over other keys. A side without weight contributes nothing, whatever it holds."""
+        pieces = self._pieces(self.problem.state_dtype)
+        plgpu.barrier_wait(smem.state_there.at[warpgroup])
+        parts = [smem.state.at[pieces * warpgroup + n][...] for n in range(pieces)]
+        earlier = hopper.join([part.astype(jnp.float32) for part in parts], self.interpret is not None)
+        mine = pl.ds(warpgroup * ROWS, ROWS)
+        other = plgpu.load(gmem.state_lse.at[tile.head, tile.index, mine], layout=hopper.ROW, optimized=False)
+        top = jnp.maximum(lse, other)
+        empty = top == -jnp.inf
+        anchor = jnp.where(empty, 0.0, top)
+        terms = [jnp.exp(x - anchor) for x in (other, lse)]
+        total = jnp.where(empty, 1.0, terms[0] + terms[1])
+        # -0.0 + x is x for every x, -0.0 included
+        absent = spread(jnp.where(empty, 0.0, -0.0), value)
+        shares = []
+        for term, x in zip(terms, (earlier, value), strict=True):
+            weight = spread(term / total, x)
+            shares.append(jnp.where(weight < TINY, absent, x * weight))
+        return shares[0] + shares[1], jnp.where(empty, -jnp.inf, anchor + jnp.log(total))
+
+    def _stage(self, gmem: _Operands, smem: _Shared, tile: _Tile, warpgroup: Any, value: Any) -> None:
+        """Rounds or quantises into shared memory."""
+        spec = self.problem.output_quant
+        if isinstance(spec, Fp8PerTensor):
+            value = to_e4m3(value * gmem.scales[tile.instance, 2])
+        codes = []
+        for group in range(self.groups):
+            part = value[:, group * spec.group_size : (group + 1) * spec.group_size]
+            scale, inverse, _ = group_scale(finite_magnitude(part).max(axis=1), spec)
+            smem.scales.at[self.groups * warpgroup + group][...] = scale
+            codes.append(to_e4m3(part * spread(inverse, part)))
+        value = hopper.join(codes, self.interpret is not None) if codes else value.astype(self.out_dtype)
+        pieces = self._pieces(self.out_dtype)
+        columns = VALUES // pieces
+        for piece in range(pieces):
+            smem.out.at[pieces * warpgroup + piece][...] = value[:, piece * columns : (piece + 1) * columns]
+
     def _store_rows(self, smem: _Shared, tile: _Tile, warpgroup: Any, out: Any) -> None:
-        """Copies of 64, 32, ... 1 rows, as many as the count has bits."""
+        """Copies of 64, 32, ... 1 rows, as many as the count has bits: what lies behind belongs to other tiles."""
         count = jnp.clip(tile.rows - warpgroup * ROWS, 0, ROWS)
         first = tile.first_query + warpgroup * ROWS
-        columns = VALUES // self.pieces
+        pieces = self._pieces(self.out_dtype)
+        columns = VALUES // pieces
         done = count * 0
         size = ROWS
         while size:
 
             @pl.when((count & size) != 0)
             def copy(size: int = size, done: Any = done) -> None:
-                for piece in range(self.pieces):
-                    source = smem.out.at[self.pieces * warpgroup + piece].at[pl.ds(done, size)]
+                for piece in range(pieces):
+                    source = smem.out.at[pieces * warpgroup + piece].at[pl.ds(done, size)]
                     target = out.at[pl.ds(first + done, size), tile.head, pl.ds(piece * columns, columns)]
                     plgpu.copy_smem_to_gmem(source, target, commit_group=False)
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.mosaic.gpu import fragmented_array, utils
+from jax_fp8attn.pallas.common.backend import to_e4m3
 from jaxlib.mlir import ir
 
-from jax_fp8attn.pallas.common.backend import to_e4m3
 from jax_fp8attn.quantize import E4M3
 
 ACCUMULATOR = plgpu.Layout.WGMMA  # [64, n] float32 of a warpgroup
@@ -28,9 +28,7 @@ KEY_ORDER = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
 def tiles(shape: tuple[int, ...], dtype: Any, swizzle: int) -> Any:
     """Shared memory as wgmma reads it: rows of ``swizzle`` bytes in atoms of eight."""
     width = swizzle // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(
-        shape, dtype, transforms=(plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(swizzle))
-    )
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(swizzle)))
 
 
 def rows_anywhere(shape: tuple[int, ...], dtype: Any, swizzle: int, interpret: bool) -> Any:
@@ -44,6 +42,13 @@ def rows_anywhere(shape: tuple[int, ...], dtype: Any, swizzle: int, interpret: b
     return plgpu.RefUnion(
         plgpu.SMEM(shape, dtype, transforms=(plgpu.SwizzleTransform(swizzle),)), tiles(shape, dtype, swizzle)
     )
+
+
+def rows_out(warpgroups: int, rows: int, width: int, dtype: Any, interpret: bool) -> Any:
+    """Shared memory for [rows, width] of each warpgroup in pieces of 128 bytes a row, copied from any row on."""
+    pieces = width * jnp.dtype(dtype).itemsize // 128
+    shape = (warpgroups * pieces, rows, width // pieces)
+    return plgpu.SMEM(shape, dtype, transforms=() if interpret else (plgpu.SwizzleTransform(128),))
 
 
 def views(ref: Any, interpret: bool) -> tuple[Any, Any]:
@@ -72,6 +77,24 @@ def as_operand(pieces: list[Any], interpret: bool) -> Any:
         return grouped.astype(ir.Float8E4M3FNType.get())
 
     return regroup(*pieces)
+
+
+def join(pieces: list[Any], interpret: bool) -> Any:
+    """Pieces [m, n] next to each other; on a GPU this moves nothing."""
+    if len(pieces) == 1:
+        return pieces[0]
+    if interpret:
+        return jnp.concatenate(pieces, axis=1)
+    shape = (pieces[0].shape[0], sum(piece.shape[1] for piece in pieces))
+    whole = plgpu.ShapeDtypeStruct(shape, pieces[0].dtype, layout=ACCUMULATOR)
+
+    @plgpu.inline_mgpu(arg_types=(ACCUMULATOR,) * len(pieces), return_type=whole)
+    def joined(_: Any, *parts: Any) -> Any:
+        registers = np.concatenate([part.registers for part in parts], axis=1)
+        first = parts[0]
+        return fragmented_array.FragmentedArray(_registers=registers, _layout=first.layout, _is_signed=first.is_signed)
+
+    return joined(*pieces)
 
 
 def spread(row: Any, like: Any) -> Any:

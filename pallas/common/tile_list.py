@@ -19,6 +19,8 @@ class Regions(NamedTuple):
 
     first: jax.Array  # int32 [B], multiples of the alignment
     source: jax.Array  # int32 [columns]: the key of each column, -1 for padding
+    local: jax.Array  # int32 [columns]: its number in the sequence
+    owner: jax.Array  # int32 [columns]: the sequence
 
 
 def key_regions(k_start: jax.Array, k_length: jax.Array, keys: int, align: int) -> Regions:
@@ -33,18 +35,27 @@ def key_regions(k_start: jax.Array, k_length: jax.Array, keys: int, align: int) 
     sequence = jnp.minimum(jnp.searchsorted(last, column, side="right"), sequences - 1)
     local = ordered - first[sequence]
     inside = (local >= 0) & (local < k_length[sequence])
-    return Regions(first.astype(jnp.int32), jnp.where(inside, k_start[sequence] + local, -1))
+    return Regions(first.astype(jnp.int32), jnp.where(inside, k_start[sequence] + local, -1), local, sequence)
 
 
-def transposed_values(v: jax.Array, regions: Regions) -> jax.Array:
-    """v [S, H, 128] as [H, 128, columns]; padding is zero."""
-    rows = jnp.where((regions.source >= 0)[:, None, None], v[jnp.maximum(regions.source, 0)], jnp.zeros((), v.dtype))
-    return rows.transpose(1, 2, 0)
+def transposed_values(v: jax.Array, regions: Regions, align: int = 128) -> tuple[jax.Array, jax.Array]:
+    """(v [S, H, 128] as [H, 128, columns] with 0 for padding and for NaN; int32 [B, H, 128]: the first key of each
+    sequence that holds NaN in a column, or the largest int32)."""
+    never = np.iinfo(np.int32).max
+    there = (regions.source >= 0)[:, None, None]
+    rows = jnp.where(there, v[jnp.maximum(regions.source, 0)], jnp.zeros((), v.dtype))
+    bad = jnp.isnan(rows)
+    local = jnp.where(bad, regions.local[:, None, None], never)
+    block = local.reshape(-1, align, *v.shape[1:]).min(axis=1)  # [blocks, H, 128]
+    owner = regions.owner[::align]
+    first_nan = jax.ops.segment_min(block, owner, num_segments=regions.first.shape[0])
+    return jnp.where(bad, jnp.zeros((), v.dtype), rows).transpose(1, 2, 0), first_nan
 
 
 class Work(NamedTuple):
     tiles: jax.Array  # int32 [tiles, FIELDS]
     place: jax.Array  # int32 [T]: slot * rows of a tile + row, of every token
+    token: jax.Array  # int32 [tiles * rows]: the token of every row of a sequence's tile, -1 for others
 
 
 def query_tiles(problem: Any, arrays: Any, regions: Regions, rows: int) -> Work:
@@ -83,9 +94,19 @@ def query_tiles(problem: Any, arrays: Any, regions: Regions, rows: int) -> Work:
     own_slot = (last - count)[mine] + lax.div(offset, rows)
     if problem.causal:  # the longest tiles of a sequence first
         table, own_slot = table[::-1], slots - 1 - own_slot
-    return Work(table, own_slot * rows + lax.rem(offset, rows))
+    place = own_slot * rows + lax.rem(offset, rows)
+    of_sequence = lax.rem(mine, 2) == 1
+    back = jnp.full(slots * rows, -1, jnp.int32).at[place].set(jnp.where(of_sequence, token, -1))
+    return Work(table, place, back)
 
 
-def rows_of_tiles(x: jax.Array, work: Work, tokens: int) -> jax.Array:
-    """[H, tiles, rows] to [H, T]."""
-    return jnp.take(x.reshape(x.shape[0], -1), work.place, axis=1)
+def rows_of_tiles(x: jax.Array, work: Work) -> jax.Array:
+    """[..., tiles, rows] to [..., T]."""
+    return jnp.take(x.reshape(*x.shape[:-2], -1), work.place, axis=-1)
+
+
+def tiles_of_rows(lse: jax.Array, work: Work) -> jax.Array:
+    """lse [H, T] to [H, tiles, rows]; -inf for rows of no sequence and for +inf."""
+    rows = lse[:, jnp.maximum(work.token, 0)]
+    rows = jnp.where((work.token >= 0) & ~jnp.isposinf(rows), rows, -jnp.inf)
+    return rows.reshape(lse.shape[0], work.tiles.shape[0], -1)

@@ -1,0 +1,277 @@
+"""The Hopper kernel of mla_prefill: interpreted on a CPU, with races looked for, against the oracle."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from interpreter import run_interpreted, verdict
+from jax_fp8attn.pallas import mla_prefill_sm90
+from jax_fp8attn.pallas.mla_prefill_sm90 import MlaConfig
+
+from jax_fp8attn import offsets
+from jax_fp8attn.dispatch import Device
+from jax_fp8attn.problems import MlaArrays, MlaProblem
+from jax_fp8attn.quantize import Fp8Array, Fp8PerGroup, Fp8PerTensor
+from jax_fp8attn.reference import mla_prefill as reference
+from jax_fp8attn.testing import assert_bitwise_equal, fp8_ulps
+
+E4M3, BF16, F32 = (np.dtype(t) for t in (ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16, np.float32))
+NAN, INF = np.nan, np.inf
+PER_TENSOR = Fp8PerTensor(None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Lengths of the sequences' queries and keys, and what else differs."""
+
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+    heads: int = 2
+    dtype: np.dtype = E4M3
+    pair: bool = False
+    before: int = 3  # rows of no sequence in front of the first, and five behind the last
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def problem(self) -> MlaProblem:
+        return MlaProblem(
+            tokens=self.before + sum(self.queries) + 5,
+            keys=self.before + sum(self.keys) + 5,
+            sequences=len(self.queries),
+            heads=self.heads,
+            q_dtype=self.dtype,
+            k_dtype=self.dtype,
+            v_dtype=self.dtype,
+            k_rope_dtype=self.dtype if self.pair else None,
+            **{"out_dtype": F32, "return_lse": True, **dict(self.options)},
+        )
+
+
+def case(queries: Sequence[int], keys: Sequence[int] | None = None, **facts: Any) -> Case:
+    own = {field.name for field in dataclasses.fields(Case)}
+    options = tuple((name, value) for name, value in facts.items() if name not in own)
+    named = {name: value for name, value in facts.items() if name in own}
+    return Case(tuple(queries), tuple(queries if keys is None else keys), **named, options=options)
+
+
+def make_arrays(given: Case, seed: int = 0) -> MlaArrays:
+    """Standard normal operands, V with a mean of 1; rows and keys of no sequence hold NaN."""
+    problem, rng = given.problem(), np.random.default_rng(seed)
+
+    def normal(*shape: int, dtype: Any = given.dtype, mean: float = 0.0) -> np.ndarray:
+        return (rng.standard_normal(shape, dtype=np.float32) + mean).astype(dtype)
+
+    cu_q, cu_k = (np.cumsum([given.before, *lengths]).astype(np.int32) for lengths in (given.queries, given.keys))
+    q = normal(problem.tokens, given.heads, 192)
+    k = normal(problem.keys, given.heads, 128 if given.pair else 192)
+    rope = normal(problem.keys, 64) if given.pair else None
+    v = normal(problem.keys, given.heads, 128, mean=1.0)
+    for x, cu in ((q, cu_q), (k, cu_k), (v, cu_k), *([(rope, cu_k)] if given.pair else [])):
+        x[: cu[0]], x[cu[-1] :] = NAN, NAN
+    one = np.ones(1, np.float32)
+    state_lse = 2 * rng.standard_normal((given.heads, problem.tokens), dtype=np.float32) + 3
+    empty = rng.random(state_lse.shape)
+    state_lse[empty < 0.1], state_lse[empty > 0.9] = INF, -INF
+    merges = problem.state_dtype is not None
+    arrays = MlaArrays(
+        q, k, rope, v, *_ranges(cu_q, problem.tokens), *_ranges(cu_k, problem.keys),
+        softmax_scale=one * 192**-0.5, q_scale=one * 0.5, k_scale=one * 2.0, v_scale=one * 1.5,
+        initial_out=normal(problem.tokens, given.heads, 128, dtype=problem.state_dtype or F32) if merges else None,
+        initial_lse=state_lse if merges else None,
+        output_scale=one * 0.01 if problem.output_quant == PER_TENSOR else None,
+    )  # fmt: skip
+    return jax.tree.map(np.asarray, arrays)
+
+
+def _ranges(cu: np.ndarray, total: int) -> list[np.ndarray]:
+    return [np.asarray(x) for x in offsets.ranges(jnp.asarray(cu), total)]
+
+
+def kernel(interpret: Any, problem: MlaProblem, arrays: MlaArrays, cut: dict[str, Any] | None = None) -> Any:
+    config = MlaConfig(**(cut or {}))
+    return mla_prefill_sm90.build(problem, config, interpret)(jax.tree.map(jnp.asarray, arrays))
+
+
+def values_of(out: Any) -> np.ndarray:
+    return np.asarray(out.dequantize() if isinstance(out, Fp8Array) else out).astype(np.float64)
+
+
+def check(given: Case, arrays: MlaArrays | None = None, cut: dict[str, Any] | None = None) -> Any:
+    """Close to the oracle that rounds as the kernel does, and within the op's bounds of the exact one."""
+    problem = given.problem()
+    arrays = make_arrays(given) if arrays is None else arrays
+    out, lse = run_interpreted(kernel, problem, arrays, cut, kernels=1)
+    on_device = jax.tree.map(jnp.asarray, arrays)
+    emulated, exact = reference.emulated(problem, on_device)[0], reference.run(problem, on_device)
+    np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(exact[1]))
+    finite = np.isfinite(np.asarray(exact[1]))
+    np.testing.assert_array_equal(np.isnan(lse), np.isnan(exact[1]))
+    np.testing.assert_allclose(lse[finite], np.asarray(exact[1])[finite], atol=1e-4)
+    got, near, far = values_of(out), values_of(emulated), values_of(exact[0])
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(far))
+    mass = lambda x: np.sqrt(np.nansum(x * x, axis=-1))  # of each row and head
+    quantised = problem.output_quant is not None
+    rounding = 0.04 if quantised else 2.0**-8 if problem.out_dtype == BF16 else 0.0
+    assert (mass(got - far) <= (0.045 + rounding) * mass(far) + 1e-6).all()
+    # the same roundings but for a few probabilities that lie between two codes
+    total = lambda x: np.sqrt(np.nansum(x * x))
+    assert total(got - near) <= (0.004 + rounding) * total(near) + 1e-6
+    if quantised:
+        assert (fp8_ulps(out.values, emulated.values) > 1).mean() < 0.005
+        assert out.scales.shape == emulated.scales.shape
+        np.testing.assert_allclose(out.scales_2d(), emulated.scales_2d(), rtol=0.02)
+    return out, lse
+
+
+def slow(*cases: Any) -> list[Any]:
+    return [pytest.param(c, marks=pytest.mark.slow) for c in cases]
+
+
+class TestInterpreted:
+    @pytest.mark.parametrize(
+        "given",
+        [
+            case((150,)),
+            case((1,)),
+            case((64, 65, 0, 7)),
+            case((70, 0, 33, 1), (70, 5, 200, 0)),
+            case((40, 130), (300, 10), causal=False, pair=True),
+            case((129, 64), (300, 10), pair=True, out_dtype=BF16),
+            case((30,), (520,), causal=False, heads=1),
+            *slow(case((150,), dtype=BF16), case((20, 20), dtype=F32, before=0, out_dtype=np.dtype(np.float16))),
+        ],
+        ids=lambda c: f"{c.queries}-{c.keys}-{c.dtype}",
+    )
+    def test_against_the_oracle(self, given: Case) -> None:
+        check(given)
+
+    @pytest.mark.parametrize(
+        "spec",
+        [*slow(PER_TENSOR, Fp8PerGroup.deepgemm_sm90()), Fp8PerGroup.row_major(64), Fp8PerGroup.deepgemm_sm100()],
+        ids=["tensor", "col_tma", "row64", "packed"],
+    )
+    def test_quantised(self, spec: Any) -> None:
+        check(case((70, 0, 33), (70, 5, 200), output_quant=spec))
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            *slow({"state_dtype": F32}, {"state_dtype": BF16, "out_dtype": BF16}),
+            {"state_dtype": F32, "output_quant": PER_TENSOR},
+        ],
+        ids=["f32", "bf16", "f32 to fp8"],
+    )
+    def test_initial_state(self, options: dict[str, Any]) -> None:
+        check(case((70, 0, 33), (70, 5, 200), **options))
+
+    def test_an_empty_side_is_exact(self) -> None:
+        """Rows that see no key take the state bit for bit, whatever stands behind a state without weight is ignored."""
+        given = case((40, 20), (0, 20), state_dtype=F32)
+        arrays = make_arrays(given)
+        arrays.initial_lse[:, 3:10], arrays.initial_lse[:, 50:60] = 1.0, -INF
+        arrays.initial_out[50:60] = NAN
+        out, lse = check(given, arrays)
+        assert_bitwise_equal(out[3:10], arrays.initial_out[3:10])
+        assert_bitwise_equal(lse[:, 3:10], arrays.initial_lse[:, 3:10])
+        assert np.isfinite(out[50:60]).all()
+
+    @pytest.mark.parametrize("where", [*slow("q", "k"), "v"])
+    def test_nan_reaches_its_readers_alone(self, where: str) -> None:
+        given = case((90, 60))
+        arrays = make_arrays(given)
+        getattr(arrays, where)[3 + 40, 1, 5] = NAN
+        out, _ = check(given, arrays)
+        rows = np.isnan(out).any(axis=-1)
+        wanted = np.zeros_like(rows)
+        wanted[43 : 44 if where == "q" else 93, 1] = True
+        np.testing.assert_array_equal(rows, wanted)
+        if where == "v":
+            assert np.isnan(out[43:93, 1, 5]).all() and not np.isnan(np.delete(out, 5, axis=-1)).any()
+
+    def test_a_sequence_is_computed_alike_anywhere(self) -> None:
+        alone, among = case((70,), before=0), case((33, 70, 5), before=3)
+        first, many = make_arrays(alone), make_arrays(among, 1)
+        for x, y in zip(first[:4], many[:4], strict=True):
+            if x is not None:
+                y[36:106] = x[:70]
+        one, all_of_them = (
+            run_interpreted(kernel, c.problem(), a, kernels=1) for c, a in ((alone, first), (among, many))
+        )
+        assert_bitwise_equal(all_of_them[0][36:106], one[0][:70])
+        assert_bitwise_equal(all_of_them[1][:, 36:106], one[1][:, :70])
+
+    @pytest.mark.slow
+    def test_other_cuts(self) -> None:
+        check(case((140,)), cut={"stages": 3})
+
+
+class TestFaults:
+    """What is planted is found."""
+
+    @pytest.mark.parametrize(
+        ("fault", "expected"),
+        [
+            ("none", "clean"),
+            ("keys released before they are read", "RaceFound"),
+            ("values released before they are read", "RaceFound"),
+            ("no lift in the lse", "wrong result"),
+            ("keys in plain order", "wrong result"),
+            ("mask one key too wide", "wrong result"),
+            ("earlier sum not rescaled", "wrong result"),
+        ],
+    )
+    def test_planted(self, fault: str, expected: str) -> None:
+        given = case((150,), (420,), heads=1)
+        arrays = make_arrays(given)
+        sound = run_interpreted(kernel, given.problem(), arrays)
+        assert verdict(faulty, fault, given.problem(), arrays, expected=sound) == expected
+
+
+def faulty(interpret: Any, fault: str, problem: MlaProblem, arrays: MlaArrays) -> Any:
+    """The kernel with one thing replaced."""
+    own = mla_prefill_sm90._Kernel
+    add, visible = own._add_values, own._visible
+
+    def read_late(self: Any, slot: Any) -> Any:
+        plgpu.barrier_arrive(self.smem.k_free.at[slot])
+        return self.product(slot)
+
+    def weigh_late(self: Any, smem: Any, operand: Any, slot: Any) -> Any:
+        plgpu.barrier_arrive(smem.v_free.at[slot])
+        return self._value_product(smem, operand, slot)
+
+    def add_unscaled(self: Any, smem: Any, operand: Any, state: Any, slot: Any) -> Any:
+        return add(self, smem, operand, state._replace(shrink=state.shrink * 0 + 1), slot)
+
+    patches = {
+        "none": (own, "_visible", visible),
+        "keys released before they are read": (mla_prefill_sm90._Scores, "read", read_late),
+        "values released before they are read": (own, "_weigh", weigh_late),
+        "no lift in the lse": (mla_prefill_sm90, "LIFT", 7.0),
+        "keys in plain order": (mla_prefill_sm90.tile_list, "KEY_ORDER", tuple(range(16))),
+        "mask one key too wide": (own, "_visible", lambda self, tile, local: visible(self, tile, local) + 1),
+        "earlier sum not rescaled": (own, "_add_values", add_unscaled),
+    }
+    with mock.patch.object(*patches[fault]):
+        return kernel(interpret, problem, arrays)
+
+
+class TestConfig:
+    @pytest.mark.parametrize("bad", [{"keys": 96}, {"keys": 320}, {"registers": (248, 40)}, {"keys": 256, "stages": 3}])
+    def test_misfits_are_refused(self, bad: dict[str, Any]) -> None:
+        with pytest.raises(ValueError, match=r"registers|keys|shared memory"):
+            MlaConfig(**bad)
+
+    def test_reasons(self) -> None:
+        problem = case((8,)).problem()
+        assert mla_prefill_sm90.supports(problem, Device("cuda", "H200", (9, 0))) == ()
+        (reason,) = mla_prefill_sm90.supports(problem, Device("cuda", "B200", (10, 0)))
+        assert "9.0" in reason
+        bf16 = dataclasses.replace(problem, compute="bf16")
+        assert "bf16" in mla_prefill_sm90.supports(bf16, Device("cuda", "H200", (9, 0)))[0]
