@@ -9,6 +9,7 @@ sum: each block of keys gets a sum of its own, and the blocks are added in float
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,9 +24,18 @@ from jax_fp8attn.pallas.common.backend import to_e4m3, varying_like
 from jax_fp8attn.pallas.common.groups import finite_magnitude, group_scale
 from jax_fp8attn.pallas.common.hopper import finished, full_row, row_max, row_sum, spread
 
+from jax_fp8attn import offsets
 from jax_fp8attn.dispatch import Device
 from jax_fp8attn.problems import MlaArrays, MlaProblem
-from jax_fp8attn.quantize import E4M3, Fp8Array, Fp8PerGroup, Fp8PerTensor, physical_scales, to_stored
+from jax_fp8attn.quantize import (
+    E4M3,
+    Fp8Array,
+    Fp8PerGroup,
+    Fp8PerTensor,
+    physical_scales,
+    quantize_output,
+    to_stored,
+)
 
 LOG2E, LN2 = math.log2(math.e), math.log(2.0)
 WARPGROUPS, ROWS = 2, 64  # of consumers, and query rows of each
@@ -41,15 +51,19 @@ class MlaConfig:
 
     keys       keys of a block
     stages     blocks of keys in shared memory
-    registers  of a consumer's and of the producer's thread
+    producer   a warpgroup of its own loads keys and values; else the first consumer does
+    registers  of a consumer's and of the producer's thread; without a producer both have what the compiler gives
     """
 
     keys: int = 128
     stages: int = 2
+    producer: bool = True
     registers: tuple[int, int] = (240, 24)
 
     def __post_init__(self) -> None:
         consumer, producer = self.registers
+        if not self.producer and self.stages < 2:
+            raise ValueError(f"without a producer two stages at least are needed: {self}")
         if self.keys % 64 or not 64 <= self.keys <= 256:
             raise ValueError(f"keys of a block must be a multiple of 64 up to 256: {self}")
         if any(r % 8 for r in self.registers) or 128 * (WARPGROUPS * consumer + producer) > 65536:
@@ -65,6 +79,12 @@ class MlaConfig:
         return queries + outputs + self.stages * self.keys * (NOPE + ROPE + VALUES)
 
 
+def default_config(problem: MlaProblem) -> MlaConfig:
+    """A producer of its own where the assembler keeps setmaxnreg: jax 0.12 assembles through nvJitLink, which drops
+    it, and three warpgroups then have 168 registers a thread."""
+    return MlaConfig(producer=jax.__version_info__ < (0, 12))
+
+
 def supports(problem: MlaProblem, device: Device) -> tuple[str, ...]:
     reasons = []
     if device.compute_capability != (9, 0):
@@ -75,7 +95,7 @@ def supports(problem: MlaProblem, device: Device) -> tuple[str, ...]:
 
 
 def run(problem: MlaProblem, arrays: MlaArrays) -> Any:
-    return build(problem, MlaConfig())(arrays)
+    return build(problem, default_config(problem))(arrays)
 
 
 def build(problem: MlaProblem, config: MlaConfig, interpret: Any = None) -> Callable[[MlaArrays], Any]:
@@ -84,7 +104,7 @@ def build(problem: MlaProblem, config: MlaConfig, interpret: Any = None) -> Call
     @jax.enable_x64(False)
     def op(arrays: MlaArrays) -> Any:
         if not (problem.tokens and problem.keys and problem.sequences and problem.heads):
-            raise NotImplementedError("nothing to attend to")
+            return _without_keys(problem, arrays)
         regions = tile_list.key_regions(arrays.k_start, arrays.k_length, problem.keys, NOPE)
         work = tile_list.query_tiles(problem, arrays, regions, WARPGROUPS * ROWS)
         kernel = _Kernel(problem, config, work.tiles.shape[0], interpret)
@@ -92,6 +112,19 @@ def build(problem: MlaProblem, config: MlaConfig, interpret: Any = None) -> Call
         return _result(problem, arrays, work, *results)
 
     return op
+
+
+def _without_keys(problem: MlaProblem, arrays: MlaArrays) -> Any:
+    """Nothing to attend to: rows of sequences take the initial state, all others are empty."""
+    out = jnp.zeros((problem.tokens, problem.heads, VALUES), jnp.float32)
+    lse = jnp.full((problem.heads, problem.tokens), -jnp.inf)
+    if problem.state_dtype is not None:
+        owned = offsets.owner(arrays.q_start, arrays.q_length, problem.tokens) >= 0
+        there = owned & (jnp.isnan(arrays.initial_lse) | jnp.isfinite(arrays.initial_lse))  # [H, T]
+        lse = jnp.where(there, arrays.initial_lse, lse)
+        out = jnp.where(there.T[..., None], arrays.initial_out.astype(jnp.float32), out)
+    out = quantize_output(out, problem.output_quant, arrays.output_scale, problem.out_dtype)
+    return (out, lse) if problem.return_lse else out
 
 
 def _result(problem: MlaProblem, arrays: MlaArrays, work: tile_list.Work, out: jax.Array, *tiled: jax.Array) -> Any:
@@ -198,6 +231,52 @@ class _Softmax(NamedTuple):
     shrink: Any
 
 
+class _Loader(NamedTuple):
+    """Keeps the stages full."""
+
+    gmem: _Operands
+    smem: _Shared
+    tile: _Tile
+    config: MlaConfig
+
+    def first(self) -> None:
+        for number in range(self.config.stages):
+            pl.when(number < self.tile.blocks)(functools.partial(self._load_k, number, number))
+            pl.when(number < self.tile.blocks)(functools.partial(self._load_v, number, number))
+
+    def refill(self, number: Any) -> None:
+        """The slots of block ``number`` are filled again. Waits for every release: what nobody waits for is no
+        synchronisation."""
+        self.refill_k(number)
+        self.refill_v(number)
+
+    def refill_k(self, number: Any) -> None:
+        slot, following = lax.rem(number, self.config.stages), number + self.config.stages
+        plgpu.barrier_wait(self.smem.k_free.at[slot])
+        pl.when(following < self.tile.blocks)(lambda: self._load_k(following, slot))
+
+    def refill_v(self, number: Any) -> None:
+        slot, following = lax.rem(number, self.config.stages), number + self.config.stages
+        plgpu.barrier_wait(self.smem.v_free.at[slot])
+        pl.when(following < self.tile.blocks)(lambda: self._load_v(following, slot))
+
+    def _load_k(self, number: Any, slot: Any) -> None:
+        gmem, smem, tile = self.gmem, self.smem, self.tile
+        rows = pl.ds(tile.first_key + number * self.config.keys, self.config.keys)
+        if gmem.k_rope is None:
+            nope, rope = gmem.k.at[rows, tile.head, pl.ds(0, NOPE)], gmem.k.at[rows, tile.head, pl.ds(NOPE, ROPE)]
+        else:
+            nope, rope = gmem.k.at[rows, tile.head], gmem.k_rope.at[rows]
+        plgpu.copy_gmem_to_smem(nope, smem.k_nope[0].at[slot], smem.k_there.at[slot])
+        plgpu.copy_gmem_to_smem(rope, smem.k_rope[0].at[slot], smem.k_there.at[slot])
+
+    def _load_v(self, number: Any, slot: Any) -> None:
+        gmem, smem, tile = self.gmem, self.smem, self.tile
+        first = pl.multiple_of(tile.first_column + number * self.config.keys, self.config.keys)
+        columns = pl.ds(first, self.config.keys)
+        plgpu.copy_gmem_to_smem(gmem.v.at[tile.head, :, columns], smem.v.at[slot], smem.v_there.at[slot])
+
+
 class _Scores(NamedTuple):
     """The first product: 64 queries against a block of keys."""
 
@@ -269,7 +348,7 @@ class _Kernel:
             ],
             grid=(problem.heads * self.tiles,),
             grid_names=("block",),
-            num_threads=WARPGROUPS + 1,
+            num_threads=WARPGROUPS + self.config.producer,
             thread_name="warpgroup",
             scratch_types=self._scratch(),
             compiler_params=plgpu.CompilerParams(
@@ -322,13 +401,18 @@ class _Kernel:
 
         @pl.when((warpgroup < WARPGROUPS) & (tile.rows > 0))
         def consumer() -> None:
-            plgpu.set_max_registers(self.config.registers[0], action="increase")
+            if self.config.producer:
+                plgpu.set_max_registers(self.config.registers[0], action="increase")
             self._consume(gmem, smem, tile, warpgroup, results)
 
-        @pl.when((warpgroup == WARPGROUPS) & (tile.rows > 0))
-        def producer() -> None:
-            plgpu.set_max_registers(self.config.registers[1], action="decrease")
-            self._produce(gmem, smem, tile)
+        if self.config.producer:
+
+            @pl.when((warpgroup == WARPGROUPS) & (tile.rows > 0))
+            def producer() -> None:
+                plgpu.set_max_registers(self.config.registers[1], action="decrease")
+                loader = _Loader(gmem, smem, tile, self.config)
+                loader.first()
+                pl.loop(0, tile.blocks)(loader.refill)
 
     def _tile(self, gmem: _Operands) -> _Tile:
         block = lax.axis_index("block")
@@ -342,38 +426,6 @@ class _Kernel:
             jnp.maximum(lax.div(most + (self.config.keys - 1), self.config.keys), 1),
         )  # fmt: skip
 
-    def _load_k(self, gmem: _Operands, smem: _Shared, tile: _Tile, number: Any, slot: Any) -> None:
-        rows = pl.ds(tile.first_key + number * self.config.keys, self.config.keys)
-        if gmem.k_rope is None:
-            nope, rope = gmem.k.at[rows, tile.head, pl.ds(0, NOPE)], gmem.k.at[rows, tile.head, pl.ds(NOPE, ROPE)]
-        else:
-            nope, rope = gmem.k.at[rows, tile.head], gmem.k_rope.at[rows]
-        plgpu.copy_gmem_to_smem(nope, smem.k_nope[0].at[slot], smem.k_there.at[slot])
-        plgpu.copy_gmem_to_smem(rope, smem.k_rope[0].at[slot], smem.k_there.at[slot])
-
-    def _load_v(self, gmem: _Operands, smem: _Shared, tile: _Tile, number: Any, slot: Any) -> None:
-        first = pl.multiple_of(tile.first_column + number * self.config.keys, self.config.keys)
-        columns = pl.ds(first, self.config.keys)
-        plgpu.copy_gmem_to_smem(gmem.v.at[tile.head, :, columns], smem.v.at[slot], smem.v_there.at[slot])
-
-    def _produce(self, gmem: _Operands, smem: _Shared, tile: _Tile) -> None:
-        """Keeps the stages full. Waits for every release: what nobody waits for is no synchronisation."""
-        stages = self.config.stages
-        for slot in range(stages):
-
-            @pl.when(slot < tile.blocks)
-            def first(slot: int = slot) -> None:
-                self._load_k(gmem, smem, tile, slot, slot)
-                self._load_v(gmem, smem, tile, slot, slot)
-
-        @pl.loop(0, tile.blocks)
-        def refill(number: Any) -> None:
-            slot, following = lax.rem(number, stages), number + stages
-            plgpu.barrier_wait(smem.k_free.at[slot])
-            pl.when(following < tile.blocks)(lambda: self._load_k(gmem, smem, tile, following, slot))
-            plgpu.barrier_wait(smem.v_free.at[slot])
-            pl.when(following < tile.blocks)(lambda: self._load_v(gmem, smem, tile, following, slot))
-
     def _consume(self, gmem: _Operands, smem: _Shared, tile: _Tile, warpgroup: Any, results: _Results) -> None:
         config = self.config
         local = warpgroup * ROWS
@@ -384,6 +436,10 @@ class _Kernel:
             )
         if gmem.state_out is not None:
             self._load_state(gmem, smem, tile, warpgroup)
+        loads = not config.producer
+        loader = _Loader(gmem, smem, tile, config)
+        if loads:
+            pl.when(warpgroup == 0)(loader.first)
         plgpu.barrier_wait(smem.q_there.at[warpgroup])
         exponent = gmem.scales[tile.instance, 0]
         scores = _Scores(smem, warpgroup, config.keys, exponent, self.interpret is not None)
@@ -396,8 +452,15 @@ class _Kernel:
         p, state = self._softmax(tile, exponent, s, state, local, 0)
         p = hopper.as_operand(p, self.interpret is not None)
 
+        def refill(number: Any) -> None:
+            """Beside the products of block ``number``: what both consumers have left since."""
+            if loads:
+                pl.when(warpgroup == 0)(lambda: loader.refill_k(number - 1))
+                pl.when((warpgroup == 0) & (number > 1))(lambda: loader.refill_v(number - 2))
+
         def step(masked: bool) -> Callable[[Any, Any], Any]:
-            return lambda number, carry: self._step(smem, tile, scores, local if masked else None, number, carry)
+            own = local if masked else None
+            return lambda number, carry: self._step(smem, tile, scores, refill, own, number, carry)
 
         least = jnp.clip(tile.visible + local, 0, tile.key_count) if self.problem.causal else tile.key_count
         whole = jnp.clip(lax.div(least, config.keys), 1, tile.blocks)
@@ -406,6 +469,14 @@ class _Kernel:
         state = self._add_values(smem, p, state, lax.rem(tile.blocks - 1, config.stages))
         # read again: the scalars of a tile would take registers through the loops
         self._finish(gmem, smem, self._tile(gmem), state, warpgroup, results)
+        if loads and self.interpret is not None:  # which wants every release to be seen
+            pl.when(warpgroup == 0)(lambda: self._see_last_releases(smem, tile))
+
+    def _see_last_releases(self, smem: _Shared, tile: _Tile) -> None:
+        slot = lambda number: lax.rem(number, self.config.stages)
+        plgpu.barrier_wait(smem.k_free.at[slot(tile.blocks - 1)])
+        pl.when(tile.blocks > 1)(lambda: plgpu.barrier_wait(smem.v_free.at[slot(tile.blocks - 2)]))
+        plgpu.barrier_wait(smem.v_free.at[slot(tile.blocks - 1)])
 
     def _visible(self, tile: _Tile, local: Any) -> Any:
         """Keys that each of 64 rows sees, [64]."""
@@ -437,7 +508,7 @@ class _Kernel:
         return pieces
 
     def _step(
-        self, smem: _Shared, tile: _Tile, scores: _Scores, local: Any, number: Any, carry: Any
+        self, smem: _Shared, tile: _Tile, scores: _Scores, refill: Any, local: Any, number: Any, carry: Any
     ) -> tuple[Any, _Softmax]:
         """Scores of block ``number`` beside the values of the block before; where keys are masked one after the other,
         which needs fewer registers."""
@@ -447,6 +518,7 @@ class _Kernel:
         def beside(score_sum: Any, value_sum: Any) -> tuple[Any, _Softmax]:
             scores.issue(score_sum, slot)
             plgpu.wgmma(value_sum, operand, smem.v.at[before].T)
+            refill(number)
             s = plgpu.wgmma_accumulator_load(score_sum, wait_n=1)
             plgpu.barrier_arrive(smem.k_free.at[slot])
             p, new = self._softmax(tile, scores.exponent, s, state, local, number)
@@ -459,6 +531,7 @@ class _Kernel:
             plgpu.barrier_wait(smem.v_there.at[before])
             shapes = ((ROWS, self.config.keys), (ROWS, VALUES))
             return pl.run_scoped(beside, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+        refill(number)
         state = self._add_values(smem, operand, state, before)
         plgpu.barrier_wait(smem.k_there.at[slot])
         s = scores.read(slot)

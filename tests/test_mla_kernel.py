@@ -130,7 +130,7 @@ def check(given: Case, arrays: MlaArrays | None = None, cut: dict[str, Any] | No
 
 
 def slow(*cases: Any) -> list[Any]:
-    return [pytest.param(c, marks=pytest.mark.slow) for c in cases]
+    return [pytest.param(*(c if isinstance(c, tuple) else (c,)), marks=pytest.mark.slow) for c in cases]
 
 
 class TestInterpreted:
@@ -206,9 +206,38 @@ class TestInterpreted:
         assert_bitwise_equal(all_of_them[0][36:106], one[0][:70])
         assert_bitwise_equal(all_of_them[1][:, 36:106], one[1][:, :70])
 
-    @pytest.mark.slow
-    def test_other_cuts(self) -> None:
-        check(case((140,)), cut={"stages": 3})
+    @pytest.mark.parametrize(
+        "given",
+        [case((), ()), case((0,), (9,), before=0), case((4,), (0,), before=0), case((4, 3), heads=0)],
+        ids=["no sequence", "no token of one", "no key", "no head"],
+    )
+    @pytest.mark.parametrize("options", [{}, {"state_dtype": F32, "output_quant": Fp8PerGroup.row_major()}])
+    def test_nothing_to_attend_to(self, given: Case, options: dict[str, Any]) -> None:
+        """As the oracle has it, with no launch."""
+        given = dataclasses.replace(given, options=tuple(options.items()))
+        problem, arrays = given.problem(), make_arrays(given)
+        if given.before == 0:  # without the rows of no sequence
+            spare = dataclasses.replace(problem, tokens=problem.tokens - 5, keys=problem.keys - 5)
+            arrays = arrays._replace(
+                q=arrays.q[:-5], k=arrays.k[:-5], v=arrays.v[:-5],
+                initial_out=None if arrays.initial_out is None else arrays.initial_out[:-5],
+                initial_lse=None if arrays.initial_lse is None else arrays.initial_lse[:, :-5],
+            )  # fmt: skip
+            problem = spare
+        expected = reference.run(problem, jax.tree.map(jnp.asarray, arrays))
+        if problem.tokens and problem.keys and problem.sequences and problem.heads:
+            pytest.fail("this case has something to attend to")
+        assert_bitwise_equal(kernel(None, problem, arrays), expected)
+
+    @pytest.mark.parametrize(
+        ("queries", "keys", "cut"),
+        [
+            ((140,), (700,), {"producer": False}),
+            *slow(((140,), (300,), {"stages": 3}), ((9,), (9,), {"producer": False})),
+        ],
+    )
+    def test_other_cuts(self, queries: tuple[int, ...], keys: tuple[int, ...], cut: dict[str, Any]) -> None:
+        check(case(queries, keys, heads=1), cut=cut)
 
 
 class TestFaults:
@@ -267,6 +296,9 @@ class TestConfig:
     def test_misfits_are_refused(self, bad: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match=r"registers|keys|shared memory"):
             MlaConfig(**bad)
+
+    def test_heuristics(self) -> None:
+        assert mla_prefill_sm90.default_config(case((8,)).problem()).producer == (jax.__version_info__ < (0, 12))
 
     def test_reasons(self) -> None:
         problem = case((8,)).problem()

@@ -114,7 +114,51 @@ def _merge(
     return Call(label, merge, (out, lse, out, lse, of((), jnp.int32)))
 
 
+def mla_calls() -> Iterator[Call]:
+    """Causal and not, both forms of K, every kind of output, states of both widths."""
+    packed, state16, state32 = Fp8PerGroup.deepgemm_sm100(), jnp.dtype(BF16), jnp.dtype(F32)
+    yield _mla("causal")
+    yield _mla("full pair", causal=False, pair=True)
+    yield _mla("float32 output", out_dtype=jnp.dtype(F32))
+    yield _mla("fp8_tensor", output_quant=Fp8PerTensor(None))
+    yield _mla("fp8_group128_ue8m0_packed", output_quant=packed)
+    yield _mla("fp8_group64_f32_row", causal=False, output_quant=Fp8PerGroup.row_major(64))
+    yield _mla("bfloat16 state", state_dtype=state16)
+    yield _mla("float32 state, packed", causal=False, state_dtype=state32, output_quant=packed)
+
+
+def _mla(label: str, pair: bool = False, **options: Any) -> Call:
+    """Through ``build``: dispatch does not choose this kernel yet."""
+    from jax_fp8attn.pallas import mla_prefill_sm90 as kernel
+    from jax_fp8attn.problems import MlaArrays, MlaProblem
+
+    fp8, tokens, heads, sequences = jnp.dtype(jnp.float8_e4m3fn), 512, 2, 2
+    options = {"out_dtype": jnp.dtype(BF16), "return_lse": True, **options}
+    problem = MlaProblem(
+        tokens=tokens, keys=tokens, sequences=sequences, heads=heads, q_dtype=fp8, k_dtype=fp8, v_dtype=fp8,
+        k_rope_dtype=fp8 if pair else None, **options,
+    )  # fmt: skip
+    of = jax.ShapeDtypeStruct
+    one, ranges = of((1,), F32), of((sequences,), jnp.int32)
+    state = problem.state_dtype
+    arrays = MlaArrays(
+        of((tokens, heads, 192), fp8),
+        of((tokens, heads, 128 if pair else 192), fp8),
+        of((tokens, 64), fp8) if pair else None,
+        of((tokens, heads, 128), fp8),
+        *[ranges] * 4,
+        *[one] * 4,
+        None if state is None else of((tokens, heads, 128), state),
+        None if state is None else of((heads, tokens), F32),
+        one if isinstance(problem.output_quant, Fp8PerTensor) else None,
+    )
+    leaves, tree = jax.tree.flatten(arrays)
+    run = kernel.build(problem, kernel.default_config(problem))
+    return Call(label, lambda *given: run(jax.tree.unflatten(tree, given)), tuple(leaves))
+
+
 GATED: dict[str, tuple[Callable[[], Iterator[Call]], Budget]] = {
     "merge_attn_states": (merge_calls, Budget(registers=128, shared_memory=4096)),
+    "mla_prefill": (mla_calls, Budget(registers=255, shared_memory=232448)),
 }
 """Op: its calls and what each of its kernels may use."""
