@@ -19,6 +19,11 @@ from typing import Any
 
 VLLM_TRITON_MERGE = "triton_merge_attn_states.py"
 VLLM_LIBRARY = "_C_stable_libtorch.abi3.so"
+FA3_LIBRARY = "_vllm_fa3_C.abi3.so"
+FA3_DEFAULTS = {
+    "window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "is_rotary_interleaved": True, "num_splits": 1,
+    "sm_margin": 0, "cp_world_size": 1, "cp_rank": 0,
+}  # fmt: skip
 
 
 def find(folder: Path, name: str) -> Path | None:
@@ -60,6 +65,51 @@ def _merges(folder: Path | None) -> dict[str, Callable[..., None]]:
         merge = torch.ops._C.merge_attn_states
         found["vllm cuda"] = lambda out, a, la, b, lb, scale: merge(out, None, a, la, b, lb, None, scale)
     return found
+
+
+def fa3(folder: Path | None) -> Callable[..., Any] | None:
+    """FlashAttention-3 of vLLM's build as f(q, k, v, out, causal, cu_q, cu_k, longest_q, longest_k), packed rows."""
+    with _loading:
+        return _fa3(folder)
+
+
+@functools.cache
+def _fa3(folder: Path | None) -> Callable[..., Any] | None:
+    file = folder and find(folder, FA3_LIBRARY)
+    if not file:
+        return None
+    import torch
+
+    torch.ops.load_library(str(file))
+    operator = torch.ops._vllm_fa3_C.fwd
+
+    def run(q: Any, k: Any, v: Any, out: Any, causal: bool, cu_q: Any, cu_k: Any, longest: tuple[int, int]) -> Any:
+        given = {
+            "q": q, "k": k, "v": v, "out": out, "softmax_scale": q.shape[-1] ** -0.5, "is_causal": causal,
+            "cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": longest[0], "max_seqlen_k": longest[1],
+        }  # fmt: skip
+        if q.dtype == torch.float8_e4m3fn:
+            one = torch.ones(len(cu_q) - 1, k.shape[-2], device=q.device)
+            given |= {"q_descale": one, "k_descale": one, "v_descale": one}
+        operator(*_by_schema(operator, FA3_DEFAULTS | given))
+        return out
+
+    return run
+
+
+def _by_schema(operator: Any, given: dict[str, Any]) -> list[Any]:
+    """Arguments in the order of the operator's schema; one that a newer build has added keeps its default."""
+    values = []
+    for argument in operator.default._schema.arguments:
+        if argument.name in given:
+            values.append(given[argument.name])
+        elif argument.has_default_value():
+            values.append(argument.default_value)
+        elif argument.type.kind() == "OptionalType":
+            values.append(None)
+        else:
+            raise TypeError(f"{operator}: no value for the required argument {argument.name}")
+    return values
 
 
 def _vllm_module(file: Path) -> Any:

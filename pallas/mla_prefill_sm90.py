@@ -100,18 +100,36 @@ def run(problem: MlaProblem, arrays: MlaArrays) -> Any:
 
 def build(problem: MlaProblem, config: MlaConfig, interpret: Any = None) -> Callable[[MlaArrays], Any]:
     """The op for one problem as a function of its arrays."""
+    steps = steps_of(problem, config, interpret)
 
     @jax.enable_x64(False)
     def op(arrays: MlaArrays) -> Any:
         if not (problem.tokens and problem.keys and problem.sequences and problem.heads):
             return _without_keys(problem, arrays)
-        regions = tile_list.key_regions(arrays.k_start, arrays.k_length, problem.keys, NOPE)
-        work = tile_list.query_tiles(problem, arrays, regions, WARPGROUPS * ROWS)
-        kernel = _Kernel(problem, config, work.tiles.shape[0], interpret)
-        results = varying_like(arrays, kernel.call(_operands(problem, arrays, regions, work)))
-        return _result(problem, arrays, work, *results)
+        operands, work = steps.prepare(arrays)
+        return steps.finish(arrays, work, varying_like(arrays, steps.attend(operands)))
 
     return op
+
+
+class Steps(NamedTuple):
+    """The op in three parts, which a benchmark times apart."""
+
+    prepare: Callable[[MlaArrays], Any]  # casts, transposes V, lists the tiles
+    attend: Callable[[Any], list[jax.Array]]  # the kernel
+    finish: Callable[..., Any]  # picks each token's lse and scales
+
+
+def steps_of(problem: MlaProblem, config: MlaConfig, interpret: Any = None) -> Steps:
+    def prepare(arrays: MlaArrays) -> tuple[_Operands, tile_list.Work]:
+        regions = tile_list.key_regions(arrays.k_start, arrays.k_length, problem.keys, NOPE)
+        work = tile_list.query_tiles(problem, arrays, regions, WARPGROUPS * ROWS)
+        return _operands(problem, arrays, regions, work), work
+
+    def attend(operands: _Operands) -> list[jax.Array]:
+        return _Kernel(problem, config, operands.tiles.shape[0], interpret).call(operands)
+
+    return Steps(prepare, attend, lambda arrays, work, results: _result(problem, arrays, work, *results))
 
 
 def _without_keys(problem: MlaProblem, arrays: MlaArrays) -> Any:

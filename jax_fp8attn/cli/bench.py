@@ -19,7 +19,7 @@ import jax
 from jax_fp8attn.cli import env
 from jax_fp8attn.cli.show import Progress
 
-OPS = {"merge_attn_states": "merge"}
+OPS = {"merge_attn_states": "merge", "mla_prefill": "mla"}
 """Op: its module in jax_fp8attn.benchmarks."""
 
 AHEAD = 6  # cases that are compiled at once
