@@ -460,6 +460,9 @@ class _Kernel:
             pl.when(warpgroup == 0)(loader.first)
         plgpu.barrier_wait(smem.q_there.at[warpgroup])
         exponent = gmem.scales[tile.instance, 0]
+        # the largest score is looked for before it is scaled
+        pl.when(exponent < 0)(lambda: self._negate_queries(smem, warpgroup))
+        exponent = jnp.where(exponent < 0, -exponent, exponent)
         scores = _Scores(smem, warpgroup, config.keys, exponent, self.interpret is not None)
         plgpu.barrier_wait(smem.k_there.at[0])
         s = scores.read(0)
@@ -490,6 +493,13 @@ class _Kernel:
         if loads and self.interpret is not None:  # which wants every release to be seen
             pl.when(warpgroup == 0)(lambda: self._see_last_releases(smem, tile))
 
+    def _negate_queries(self, smem: _Shared, warpgroup: Any) -> None:
+        for part in (smem.q_nope, smem.q_rope):
+            view = part[1].at[warpgroup]
+            bits = lax.bitcast_convert_type(view[...], jnp.int8)
+            view[...] = lax.bitcast_convert_type(bits ^ jnp.int8(-128), E4M3)
+        plgpu.commit_smem()
+
     def _see_last_releases(self, smem: _Shared, tile: _Tile) -> None:
         slot = lambda number: lax.rem(number, self.config.stages)
         plgpu.barrier_wait(smem.k_free.at[slot(tile.blocks - 1)])
@@ -508,21 +518,22 @@ class _Kernel:
     ) -> tuple[list[Any], _Softmax]:
         """Lifted probabilities of a block of scores, in pieces. ``local``: the first row in the tile; None: every key
         is seen."""
-        pieces = [s] if local is None else self._masked(tile, s, local, number)
-        top = jnp.maximum(state.top, row_max(pieces) * exponent)
+        pieces = [s] if local is None else self._masked(tile, exponent, s, local, number)
+        factor = exponent if local is None else 1.0
+        top = jnp.maximum(state.top, row_max(pieces) * factor)
         anchor = top if local is None else jnp.where(top == -jnp.inf, 0.0, top)
         shrink = jnp.exp2(state.top - anchor)
-        pieces = [jnp.exp2(piece * exponent - spread(anchor - LIFT, piece)) for piece in pieces]
+        pieces = [jnp.exp2(piece * factor - spread(anchor - LIFT, piece)) for piece in pieces]
         return pieces, state._replace(top=top, total=state.total * shrink + row_sum(pieces), shrink=shrink)
 
-    def _masked(self, tile: _Tile, s: Any, local: Any, number: Any) -> list[Any]:
-        """Scores in pieces that share their column numbers, which are registers."""
+    def _masked(self, tile: _Tile, exponent: Any, s: Any, local: Any, number: Any) -> list[Any]:
+        """Scaled scores, -inf where a key is not seen, in pieces that share their column numbers, which are registers."""
         column = plgpu.broadcasted_iota(jnp.int32, (ROWS, PIECE), 1, layout=hopper.ACCUMULATOR)
         visible = self._visible(tile, local) - number * self.config.keys
         pieces = []
         for first in range(0, self.config.keys, PIECE):
             piece = s[:, first : first + PIECE]
-            pieces.append(jnp.where(column < spread(visible - first, piece), piece, -jnp.inf))
+            pieces.append(jnp.where(column < spread(visible - first, piece), piece * exponent, -jnp.inf))
         return pieces
 
     def _step(

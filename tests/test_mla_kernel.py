@@ -181,6 +181,11 @@ class TestInterpreted:
         assert_bitwise_equal(lse[:, 3:10], arrays.initial_lse[:, 3:10])
         assert np.isfinite(out[50:60]).all()
 
+    @pytest.mark.parametrize("scale", [-0.1, *slow(0.0, 2.0, NAN)])
+    def test_any_scale(self, scale: float) -> None:
+        given = case((70,), (200,), heads=1)
+        check(given, make_arrays(given)._replace(softmax_scale=np.full(1, scale, np.float32)))
+
     @pytest.mark.parametrize("where", [*slow("q", "k"), "v"])
     def test_nan_reaches_its_readers_alone(self, where: str) -> None:
         given = case((90, 60))
