@@ -527,7 +527,7 @@ class _Kernel:
         return pieces, state._replace(top=top, total=state.total * shrink + row_sum(pieces), shrink=shrink)
 
     def _masked(self, tile: _Tile, exponent: Any, s: Any, local: Any, number: Any) -> list[Any]:
-        """Scaled scores, -inf where a key is not seen, in pieces that share their column numbers, which are registers."""
+        """Scaled scores, -inf where a key is not seen, in pieces that share the registers of their column numbers."""
         column = plgpu.broadcasted_iota(jnp.int32, (ROWS, PIECE), 1, layout=hopper.ACCUMULATOR)
         visible = self._visible(tile, local) - number * self.config.keys
         pieces = []
