@@ -41,6 +41,7 @@ LOG2E, LN2 = math.log2(math.e), math.log(2.0)
 WARPGROUPS, ROWS = 2, 64  # of consumers, and query rows of each
 NOPE, ROPE, VALUES = 128, 64, 128
 PIECE = 64  # columns that are masked at once
+ALIGN = 128  # copies of V^T start at multiples of so many columns
 TINY = 2.0**-126  # the smallest normal float32: what lies below may have been flushed to zero
 LIFT = 8.0  # probabilities are stored times 2^8: the smallest stay normal numbers of e4m3
 
@@ -64,8 +65,8 @@ class MlaConfig:
         consumer, producer = self.registers
         if not self.producer and self.stages < 2:
             raise ValueError(f"without a producer two stages at least are needed: {self}")
-        if self.keys % 64 or not 64 <= self.keys <= 256:
-            raise ValueError(f"keys of a block must be a multiple of 64 up to 256: {self}")
+        if self.keys not in (ALIGN, 2 * ALIGN):
+            raise ValueError(f"a block must have {ALIGN} or {2 * ALIGN} keys: {self}")
         if any(r % 8 for r in self.registers) or 128 * (WARPGROUPS * consumer + producer) > 65536:
             raise ValueError(f"registers must be multiples of 8 and fit into 65536: {self}")
         if self.shared_memory > 232448:
@@ -122,7 +123,7 @@ class Steps(NamedTuple):
 
 def steps_of(problem: MlaProblem, config: MlaConfig, interpret: Any = None) -> Steps:
     def prepare(arrays: MlaArrays) -> tuple[_Operands, tile_list.Work]:
-        regions = tile_list.key_regions(arrays.k_start, arrays.k_length, problem.keys, NOPE)
+        regions = tile_list.key_regions(arrays.k_start, arrays.k_length, problem.keys, ALIGN)
         work = tile_list.query_tiles(problem, arrays, regions, WARPGROUPS * ROWS)
         return _operands(problem, arrays, regions, work), work
 
@@ -179,7 +180,7 @@ def _operands(problem: MlaProblem, arrays: MlaArrays, regions: tile_list.Regions
         rows = jnp.repeat(scale, x.shape[0] // problem.instances, total_repeat_length=x.shape[0])
         return to_stored(x, scale[0] if problem.instances == 1 else rows.reshape(-1, *[1] * (x.ndim - 1)))
 
-    values, first_nan = tile_list.transposed_values(stored(arrays.v, arrays.v_scale), regions)
+    values, first_nan = tile_list.transposed_values(stored(arrays.v, arrays.v_scale), regions, ALIGN)
     exponent = arrays.q_scale * arrays.k_scale * arrays.softmax_scale * LOG2E
     codes = jnp.ones_like(exponent) if arrays.output_scale is None else 1.0 / arrays.output_scale
     state = problem.state_dtype is not None
@@ -290,7 +291,7 @@ class _Loader(NamedTuple):
 
     def _load_v(self, number: Any, slot: Any) -> None:
         gmem, smem, tile = self.gmem, self.smem, self.tile
-        first = pl.multiple_of(tile.first_column + number * self.config.keys, self.config.keys)
+        first = pl.multiple_of(tile.first_column + number * self.config.keys, ALIGN)
         columns = pl.ds(first, self.config.keys)
         plgpu.copy_gmem_to_smem(gmem.v.at[tile.head, :, columns], smem.v.at[slot], smem.v_there.at[slot])
 

@@ -297,7 +297,7 @@ def faulty(interpret: Any, fault: str, problem: MlaProblem, arrays: MlaArrays) -
 
 
 class TestConfig:
-    @pytest.mark.parametrize("bad", [{"keys": 96}, {"keys": 320}, {"registers": (248, 40)}, {"keys": 256, "stages": 3}])
+    @pytest.mark.parametrize("bad", [{"keys": 64}, {"keys": 192}, {"registers": (248, 40)}, {"keys": 256, "stages": 3}])
     def test_misfits_are_refused(self, bad: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match=r"registers|keys|shared memory"):
             MlaConfig(**bad)

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", choices=sorted(OPS), action="append", help="one op (default: all)")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name or variant contains TEXT")
     parser.add_argument("--peers", type=Path, metavar="DIR", help="folder with other projects' kernels")
-    parser.add_argument("--rounds", type=int, default=25, help="times each case is timed (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=31, help="times each case is timed (default %(default)s)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw speed against size, PNG or SVG")
     parser.add_argument("--store", type=Path, metavar="DIR", help="write <DIR>/<device>/<op>.json")
 

@@ -38,7 +38,7 @@ def key_regions(k_start: jax.Array, k_length: jax.Array, keys: int, align: int) 
     return Regions(first.astype(jnp.int32), jnp.where(inside, k_start[sequence] + local, -1), local, sequence)
 
 
-def transposed_values(v: jax.Array, regions: Regions, align: int = 128) -> tuple[jax.Array, jax.Array]:
+def transposed_values(v: jax.Array, regions: Regions, align: int) -> tuple[jax.Array, jax.Array]:
     """(v [S, H, 128] as [H, 128, columns] with 0 for padding and for NaN; int32 [B, H, 128]: the first key of each
     sequence that holds NaN in a column, or the largest int32)."""
     never = np.iinfo(np.int32).max
