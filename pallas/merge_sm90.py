@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax_fp8attn.pallas.common import rows
 from jax_fp8attn.pallas.common.backend import store, to_e4m3, varying_like
-from jax_fp8attn.pallas.common.groups import finite_magnitude, group_scale
+from jax_fp8attn.pallas.common.groups import group_scale, largest_magnitude
 
 from jax_fp8attn.dispatch import Device
 from jax_fp8attn.problems import MergeArrays, MergeProblem
@@ -118,7 +118,7 @@ def run(problem: MergeProblem, arrays: MergeArrays) -> Any:
 
 def build(problem: MergeProblem, config: MergeConfig, interpret: Any = None) -> Callable[[MergeArrays], Any]:
     """The op for one problem as a function of its arrays."""
-    kernel = _Kernel(problem, config)
+    kernel = _Kernel(problem, config, bool(interpret))
     if kernel.packed and config.rows != 4 and config.rows < kernel.total_rows:
         raise ValueError(f"a packed word holds the scales of four rows: {config}")
     if problem.in_place and kernel.total_rows % config.rows:
@@ -178,6 +178,7 @@ class _Row(NamedTuple):
 class _Kernel:
     problem: MergeProblem
     config: MergeConfig
+    interpret: bool = False
 
     @property
     def quant(self) -> Any:
@@ -334,7 +335,7 @@ class _Kernel:
         if self.per_group:
             return self._store_groups(gmem, tile, row.index, target, out)
         if inverse is not None:
-            out = to_e4m3(out * inverse)
+            out = to_e4m3(out * inverse, self.interpret)
         store(target, out.astype(target.dtype))
         return None
 
@@ -370,10 +371,9 @@ class _Kernel:
 
     def _store_groups(self, gmem: _Refs, tile: _Tile, row: Any, target: Any, out: Any) -> Any:
         """One quantisation group a row."""
-        amax = jnp.max(finite_magnitude(out), axis=1)
-        scale, inverse, byte = group_scale(amax, self.quant)
+        scale, inverse, byte = group_scale(largest_magnitude(out), self.quant)
         out = out * tile.spread(inverse, self.config.width)
-        store(target, to_e4m3(out))
+        store(target, to_e4m3(out, self.interpret))
         if self.quant.scale_layout == "row":
             store(gmem.out_scales.at[tile.span, row], scale)
         elif not self.packed:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from implementations import kernels
 from jax_fp8attn.pallas import merge_sm90
+from jax_fp8attn.pallas.common import groups
 from jax_fp8attn.pallas.merge_sm90 import MergeConfig, default_config
 from test_merge import States, exact_states, states
 
@@ -33,8 +34,8 @@ def problem(dtype: Any = ml_dtypes.bfloat16, quant: Any = None, **facts: Any) ->
 
 def every_problem() -> Any:
     """A grid over all that a configuration may depend on."""
-    groups = [Fp8PerGroup(g, "ue8m0", layout) for g in (32, 64, 128) for layout in ("row", "col_tma")]
-    quants = [None, Fp8PerTensor(1.0), *groups, PACKED, Fp8PerGroup(32, "ue8m0", "col_tma_packed")]
+    formats = [Fp8PerGroup(g, "ue8m0", layout) for g in (32, 64, 128) for layout in ("row", "col_tma")]
+    quants = [None, Fp8PerTensor(1.0), *formats, PACKED, Fp8PerGroup(32, "ue8m0", "col_tma_packed")]
     dtypes = (ml_dtypes.bfloat16, np.float16, np.float32)
     widths = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 512)
     sizes = ((3, 1), (64, 3), (64, 8), (600, 8), (4096, 8), (4096, 32), (4096, 128))
@@ -108,6 +109,18 @@ class TestConfig:
                 jax.eval_shape(call.function, *call.arguments)
         wanted = {default_config(p) for p in every_problem() if p.heads > 3 and p.states in (2, 4)}
         assert wanted - seen == set()
+
+
+class TestLargestMagnitude:
+    def test_same_as_the_largest_of_the_finite(self) -> None:
+        """Also of subnormal, infinite and NaN elements of both signs and every payload, and of none that is finite."""
+        edges = np.array([0, 1, 0x7FFFFF, 0x800000, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0x7FC00000, 0x7FFFFFFF])
+        edges = np.concatenate([edges, edges | 1 << 31]).astype(np.uint32)
+        pairs = np.stack(np.meshgrid(edges, edges), axis=-1).reshape(-1, 2)
+        random = np.random.default_rng(0).integers(0, 1 << 32, (4096, 2), dtype=np.uint32)
+        x = np.concatenate([pairs, random, random & 0x800FFFFF]).view(np.float32)
+        expected = np.abs(np.where(np.isfinite(x), x, 0)).max(axis=1)
+        assert_bitwise_equal(groups.largest_magnitude(jnp.asarray(x)), expected)
 
 
 class TestSupport:

@@ -19,8 +19,11 @@ def store(ref: Any, value: Any) -> None:
         ref[...] = value
 
 
-def to_e4m3(x: Any) -> Any:
-    """Saturating cast; NaN stays NaN. The GPU's cast saturates by itself, the interpreter's does not."""
+def to_e4m3(x: Any, interpret: bool = True) -> Any:
+    """Saturating cast; NaN stays NaN. The GPU's cast saturates by itself (PTX has no other), the interpreter's does
+    not."""
+    if not interpret:
+        return x.astype(E4M3)
     limit = FP8_MAX[E4M3]
     return jnp.minimum(jnp.maximum(x, -limit), limit).astype(E4M3)
 
