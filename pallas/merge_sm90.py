@@ -1,8 +1,8 @@
 """``merge_attn_states`` in one pass over memory (Mosaic GPU; no tensor cores, so it also runs on Ada and Blackwell).
 
 A row is one quantisation group, or a power of two of columns: it lies in neighbouring lanes of one warp. A block merges
-a tile of tokens of one row of columns, so that lse [H, T] is read in whole sectors; the tokens left over at the end of
-an instance are merged one by one.
+a tile of tokens of one row of columns, so that lse [H, T] is read in whole sectors; of the tokens left over at the end
+of an instance, a tile of the heads of one token, where heads fill tiles, or else a single row.
 """
 
 from __future__ import annotations
@@ -40,12 +40,14 @@ class MergeConfig:
     vector  columns a lane holds
     rows    rows of columns that one block merges: four where a block writes packed scales
     ahead   of these, rows whose loads are issued before the first store
+    heads   which tokens are merged by tiles of heads, where these fit: "leftover", "always" or "never"
     """
 
     width: int
     vector: int
     rows: int = 1
     ahead: int = 1
+    heads: str = "leftover"
 
     def __post_init__(self) -> None:
         lanes = self.width // self.vector
@@ -56,7 +58,7 @@ class MergeConfig:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a tile."""
+        """Tokens of a tile, or heads of one."""
         return rows.rows_per_step(self.width, self.vector)
 
 
@@ -148,30 +150,43 @@ class _Refs:
 
 @dataclasses.dataclass(frozen=True)
 class _Tile:
-    """Where a block works: ``tokens`` tokens from ``first``, of which the instance's first one is ``origin``."""
+    """Where a block works: on one row of columns of ``tokens`` tokens from ``first``, of which the instance's first one
+    is ``origin``; or on ``rows`` rows of the token ``first``."""
 
     instance: Any
     origin: Any
     first: Any
     tokens: int
-    layout: Any  # of [tokens, width]
+    layout: Any  # of [lines, width]
+    rows: int = 1
 
     @property
-    def span(self) -> Any:
-        return pl.ds(self.first, self.tokens)
+    def lines(self) -> int:
+        return self.tokens * self.rows
+
+    def place(self, row: Any) -> tuple[Any, Any]:
+        """The tokens and the rows of the lines; a tile of heads starts at ``row``."""
+        return (pl.ds(self.first, self.tokens), row) if self.rows == 1 else (self.first, pl.ds(row, self.rows))
+
+    def positions(self) -> Any:
+        """[lines]: the places of the tokens in their instance."""
+        layout = self.layout.reduce(1)
+        if self.rows > 1:
+            return plgpu.layout_cast(jnp.full((self.rows,), self.first - self.origin, jnp.int32), layout)
+        return plgpu.broadcasted_iota(jnp.int32, (self.tokens,), 0, layout=layout) + (self.first - self.origin)
 
     def spread(self, x: Any, width: int) -> Any:
-        """[tokens] to [tokens, width]."""
-        return plgpu.layout_cast(lax.broadcast_in_dim(x, (self.tokens, width), [0]), self.layout)
+        """[lines] to [lines, width]."""
+        return plgpu.layout_cast(lax.broadcast_in_dim(x, (self.lines, width), [0]), self.layout)
 
 
 class _Row(NamedTuple):
-    """One row of columns of a tile, as loaded."""
+    """One row of columns of a tile, or its rows from ``index`` on, as loaded."""
 
     index: Any
     head: Any
-    lses: list[Any]  # of the states, [tokens]
-    states: list[Any]  # [tokens, width]
+    lses: list[Any]  # of the states, [lines]
+    states: list[Any]  # [lines, width]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +245,7 @@ class _Kernel:
             return plgpu.kernel(
                 fp8attn_merge_sm90,
                 out_type=out_type,
-                grid=(problem.instances * sum(self._tiles()) * self._row_blocks,),
+                grid=(problem.instances * self._blocks,),
                 grid_names=("block",),
                 # without barriers a warp may overwrite what another one, which holds the same row, has yet to read
                 compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=not problem.in_place),
@@ -253,13 +268,38 @@ class _Kernel:
             out = Fp8Array(out, scale[0] if problem.instances == 1 else scale, self.quant, problem.tokens)
         return (out, others.pop(0)) if problem.return_lse else out
 
+    @property
+    def _heads_fit(self) -> bool:
+        """Whether tiles of heads are possible: a word of packed scales is written by one lane."""
+        return self.rows_a_head == 1 and not self.packed and self.problem.heads % self.config.tokens == 0
+
     def _tiles(self) -> tuple[int, int]:
         """Full tiles and single tokens of an instance."""
-        return divmod(self.problem.tokens // self.problem.instances, self.config.tokens)
+        tokens = self.problem.tokens // self.problem.instances
+        if self.config.heads == "always" and self._heads_fit:
+            return 0, tokens
+        return divmod(tokens, self.config.tokens)
 
     @property
     def _row_blocks(self) -> int:
+        """Blocks of a full tile."""
         return -(-self.total_rows // self.config.rows)
+
+    @property
+    def _single_rows(self) -> int:
+        """Rows of a block that merges a single token; 1 if they are not heads."""
+        return self.config.tokens if self.config.heads != "never" and self._heads_fit else 1
+
+    @property
+    def _single_blocks(self) -> int:
+        """Blocks of a single token."""
+        return self.total_rows // self._single_rows if self._single_rows > 1 else self._row_blocks
+
+    @property
+    def _blocks(self) -> int:
+        """Blocks of an instance."""
+        full, single = self._tiles()
+        return full * self._row_blocks + single * self._single_blocks
 
     def _refs(self, arrays: int, refs: tuple[Any, ...]) -> _Refs:
         problem = self.problem
@@ -274,29 +314,54 @@ class _Kernel:
     def _body(self, arrays: int, *refs: Any) -> None:
         problem, config = self.problem, self.config
         gmem = self._refs(arrays, refs)
-        block = lax.axis_index("block")
-        row_block, rest = lax.rem(block, self._row_blocks), lax.div(block, self._row_blocks)
-        full, single = self._tiles()
-        instance, tile = lax.div(rest, full + single), lax.rem(rest, full + single)
+        instance, block = self._divided(lax.axis_index("block"), self._blocks)
         origin = instance * (problem.tokens // problem.instances)
-        if full:
+        full, single = self._tiles()
+        first_single = full * self._row_blocks
+
+        def merge_full() -> None:
+            tile, row_block = self._divided(block, self._row_blocks)
             layout = rows.row_layout(config.width, config.vector)
             work = _Tile(instance, origin, origin + tile * config.tokens, config.tokens, layout)
-            pl.when(tile < full)(lambda: self._merge_tile(gmem, work, row_block))
-        if single:
-            layout = rows.single_row_layout(config.width, config.vector)
-            alone = _Tile(instance, origin, origin + full * (config.tokens - 1) + tile, 1, layout)
-            pl.when(tile >= full)(lambda: self._merge_tile(gmem, alone, row_block))
-        if self.per_group and self.quant.scale_layout in ("col_tma", "col_tma_packed"):
-            pl.when(rest == problem.instances * (full + single) - 1)(lambda: self._zero_padding(gmem, row_block))
+            self._merge_tile(gmem, work, row_block, last=None if single else tile == full - 1)
 
-    def _merge_tile(self, gmem: _Refs, tile: _Tile, row_block: Any) -> None:
-        """Merges the rows of columns of one block; packs their scales into a word a token if the layout asks for it."""
-        inverse = None if gmem.scale is None else 1.0 / gmem.scale[tile.instance]
-        word = None
+        def merge_single() -> None:
+            token, row_block = self._divided(block - first_single, self._single_blocks)
+            layout = rows.single_row_layout if self._single_rows == 1 else rows.row_layout
+            layout = layout(config.width, config.vector)
+            work = _Tile(instance, origin, origin + full * config.tokens + token, 1, layout, self._single_rows)
+            self._merge_tile(gmem, work, row_block, last=token == single - 1)
+
+        if full and single:
+            pl.when(block < first_single)(merge_full)
+            pl.when(block >= first_single)(merge_single)
+        else:
+            merge_full() if full else merge_single()
+
+    def _divided(self, x: Any, by: int) -> tuple[Any, Any]:
+        return lax.div(x, by), lax.rem(x, by)
+
+    def _merge_tile(self, gmem: _Refs, tile: _Tile, row_block: Any, last: Any) -> None:
+        """Merges the rows of columns of one block; packs their scales into a word a token if the layout asks for it.
+        The blocks of the ``last`` tokens of an instance zero the scales' padding if that is the last instance."""
+        if tile.rows > 1:
+            row = self._load_row(gmem, tile, row_block * tile.rows)
+            self._merge_row(gmem, tile, row, self._inverse(gmem, tile))
+        else:
+            self._merge_rows(gmem, tile, row_block)
+        if last is not None and self.per_group and self.quant.scale_layout in ("col_tma", "col_tma_packed"):
+            there = last & (tile.instance == self.problem.instances - 1)
+            pl.when(there)(lambda: self._zero_padding(gmem, tile, row_block))
+
+    def _inverse(self, gmem: _Refs, tile: _Tile) -> Any:
+        return None if gmem.scale is None else 1.0 / gmem.scale[tile.instance]
+
+    def _merge_rows(self, gmem: _Refs, tile: _Tile, row_block: Any) -> None:
+        inverse, word = None, None
         for start in range(0, self.config.rows, self.config.ahead):
             places = range(start, min(start + self.config.ahead, self.config.rows))
             loaded = [self._load_row(gmem, tile, self._row(row_block, k)) for k in places]
+            inverse = inverse if start else self._inverse(gmem, tile)
             for k, row in zip(places, loaded, strict=True):
                 byte = self._merge_row(gmem, tile, row, inverse)
                 if self.packed:
@@ -304,7 +369,7 @@ class _Kernel:
                     byte = byte * (there << (8 * k))
                     word = byte if word is None else word | byte
         if self.packed:
-            store(gmem.out_scales.at[row_block, tile.span], word)
+            store(gmem.out_scales.at[row_block, pl.ds(tile.first, tile.tokens)], word)
 
     def _row(self, row_block: Any, k: int) -> Any:
         """The k-th row of a block; behind the last row the last one once more, which writes the same bytes again."""
@@ -316,11 +381,11 @@ class _Kernel:
         lses, states = [], []
         for n in range(self.problem.states):
             lses.append(self._load_lse(gmem.lses(n), tile, head))
-            states.append(plgpu.load(gmem.outputs(n).at[tile.span, row], layout=tile.layout, optimized=False))
+            states.append(plgpu.load(gmem.outputs(n).at[tile.place(row)], layout=tile.layout, optimized=False))
         return _Row(row, head, lses, states)
 
     def _merge_row(self, gmem: _Refs, tile: _Tile, row: _Row, inverse: Any) -> Any:
-        """Merges [tokens, width]; returns the UE8M0 bytes [tokens] of the groups, if there are any."""
+        """Merges [lines, width]; returns the UE8M0 bytes [lines] of the groups, if there are any."""
         weights, absent, lse = self._weights(gmem, tile, row.lses)
         absent = tile.spread(absent, self.config.width)
         parts = []
@@ -331,7 +396,7 @@ class _Kernel:
         if self.problem.return_lse:
             first = lax.rem(row.index, self.rows_a_head) == 0
             pl.when(first)(lambda: self._store_lse(gmem, tile, row.head, lse))
-        target = gmem.out.at[tile.span, row.index]
+        target = gmem.out.at[tile.place(row.index)]
         if self.per_group:
             return self._store_groups(gmem, tile, row.index, target, out)
         if inverse is not None:
@@ -340,7 +405,7 @@ class _Kernel:
         return None
 
     def _weights(self, gmem: _Refs, tile: _Tile, lses: list[Any]) -> tuple[list[Any], Any, Any]:
-        """The share of each state, what a state without a share contributes, the merged lse: [tokens] each."""
+        """The share of each state, what a state without a share contributes, the merged lse: [lines] each."""
         unit = LN2 if self.problem.lse_base == "2" else 1.0
         lses = [jnp.where(lse == jnp.inf, -jnp.inf, lse) for lse in lses]  # an empty row of some backends
         top = functools.reduce(jnp.maximum, lses)
@@ -354,33 +419,39 @@ class _Kernel:
         absent = jnp.where(empty, 0.0, -0.0)
         lse = jnp.where(empty, -jnp.inf, jnp.log(jnp.where(empty, 1.0, total)) * (1.0 / unit) + anchor)
         if gmem.count is not None:
-            token = plgpu.broadcasted_iota(jnp.int32, (tile.tokens,), 0, layout=tile.layout.reduce(1))
-            alone = token + (tile.first - tile.origin) >= gmem.count[tile.instance]
+            alone = tile.positions() >= gmem.count[tile.instance]
             weights = [jnp.where(alone, float(n == len(weights) - 1), weight) for n, weight in enumerate(weights)]
             absent = jnp.where(alone, -0.0, absent)
             lse = jnp.where(alone, lses[-1], lse)
         return weights, absent, lse
 
     def _load_lse(self, ref: Any, tile: _Tile, head: Any) -> Any:
-        place = (head, tile.span) if self.problem.lse_layout == "HT" else (tile.span, head)
-        return plgpu.load(ref.at[place], layout=tile.layout.reduce(1), optimized=False)
+        return plgpu.load(ref.at[self._lse_place(tile, head)], layout=tile.layout.reduce(1), optimized=False)
 
     def _store_lse(self, gmem: _Refs, tile: _Tile, head: Any, lse: Any) -> None:
-        place = (head, tile.span) if self.problem.lse_layout == "HT" else (tile.span, head)
-        store(gmem.out_lse.at[place], lse)
+        store(gmem.out_lse.at[self._lse_place(tile, head)], lse)
+
+    def _lse_place(self, tile: _Tile, head: Any) -> tuple[Any, Any]:
+        place = tile.place(head)
+        return place[::-1] if self.problem.lse_layout == "HT" else place
 
     def _store_groups(self, gmem: _Refs, tile: _Tile, row: Any, target: Any, out: Any) -> Any:
         """One quantisation group a row."""
         scale, inverse, byte = group_scale(largest_magnitude(out), self.quant)
         out = out * tile.spread(inverse, self.config.width)
         store(target, to_e4m3(out, self.interpret))
-        if self.quant.scale_layout == "row":
-            store(gmem.out_scales.at[tile.span, row], scale)
-        elif not self.packed:
-            store(gmem.out_scales.at[row, tile.span], scale)
+        if not self.packed:
+            place = tile.place(row)
+            store(gmem.out_scales.at[place if self.quant.scale_layout == "row" else place[::-1]], scale)
         return byte
 
-    def _zero_padding(self, gmem: _Refs, row_block: Any) -> None:
+    def _zero_padding(self, gmem: _Refs, tile: _Tile, row_block: Any) -> None:
+        columns = range(self.problem.tokens, gmem.out_scales.shape[1])
+        if tile.rows > 1:
+            zeros = plgpu.layout_cast(jnp.zeros((tile.rows,), jnp.float32), tile.layout.reduce(1))
+            for column in columns:
+                store(gmem.out_scales.at[pl.ds(row_block * tile.rows, tile.rows), column], zeros)
+            return
         lines = [row_block] if self.packed else [self._row(row_block, k) for k in range(self.config.rows)]
-        for line, column in itertools.product(lines, range(self.problem.tokens, gmem.out_scales.shape[1])):
+        for line, column in itertools.product(lines, columns):
             gmem.out_scales[line, column] = jnp.zeros((), gmem.out_scales.dtype)

@@ -280,7 +280,7 @@ def on_device(arrays: MergeArrays) -> MergeArrays:
     return jax.tree.map(jnp.asarray, arrays)
 
 
-def merge(interpret: Any, problem: MergeProblem, arrays: MergeArrays, cut: dict[str, int] | None = None) -> Any:
+def merge(interpret: Any, problem: MergeProblem, arrays: MergeArrays, cut: dict[str, Any] | None = None) -> Any:
     """The merge kernel; ``cut`` changes the default configuration."""
     config = dataclasses.replace(merge_sm90.default_config(problem), **(cut or {}))
     return merge_sm90.build(problem, config, interpret)(on_device(arrays))
@@ -323,7 +323,7 @@ def assert_scales(actual: Fp8Array, expected: Fp8Array) -> None:
         assert scales.shape[-1] % 4 == 0 and not scales[..., actual.num_tokens :].any()
 
 
-def check_merge(problem: MergeProblem, arrays: MergeArrays, cut: dict[str, int] | None = None) -> Any:
+def check_merge(problem: MergeProblem, arrays: MergeArrays, cut: dict[str, Any] | None = None) -> Any:
     """Interprets the kernel, compares it with the reference, and returns its result."""
     kernels = 1 if problem.tokens and problem.heads else 0
     actual = run_interpreted(merge, problem, arrays, cut, kernels=kernels)
@@ -437,6 +437,42 @@ class TestMerge:
     def test_other_cuts(self, cut: dict[str, int]) -> None:
         problem = make_problem(17, 4, 128, output_quant=Fp8PerGroup(128, "ue8m0", "col"))
         check_merge(problem, make_arrays(problem), cut)
+
+    @pytest.mark.parametrize(
+        ("tokens", "heads", "options"),
+        [
+            (1, 8, {"output_quant": PER_TENSOR}),
+            (3, 4, {"lse_layout": "TH", "context_count": True}),
+            (6, 8, {"output_quant": OUTPUTS["col_tma-float32-128"], "context_count": True}),
+            (5, 16, {"output_quant": OUTPUTS["row-ue8m0-64"], "width": 64}),
+            (5, 4, {"in_place": True}),
+            (2, 4, {"states": 3, "stacked": True}),
+        ],
+        ids=str,
+    )
+    def test_tiles_of_heads(self, tokens: int, heads: int, options: dict[str, Any]) -> None:
+        """Left-over tokens, or all of them, by tiles of heads: the bits of those merged row by row."""
+        options = dict(options)
+        problem = make_problem(tokens, heads, options.pop("width", 128), **options)
+        arrays = make_arrays(problem, 2)
+        by_row, *by_heads = (
+            check_merge(problem, arrays, {"vector": 4, "rows": 1, "ahead": 1, "heads": heads})
+            for heads in ("never", "leftover", "always")
+        )
+        for result in by_heads:
+            assert_bitwise_equal(result, by_row)
+
+    @pytest.mark.parametrize("heads", ["leftover", "always"])
+    def test_tiles_of_heads_of_instances(self, heads: str) -> None:
+        one = make_problem(5, 4, 128, output_quant=OUTPUTS["col_tma-float32-128"], context_count=True)
+        each = [on_device(make_arrays(one, count, seed)) for seed, count in enumerate((2, 4))]
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *each)
+        problem, arrays, unfold = merge_op._fold(one, stacked, 2, jax.tree.map(lambda _: True, stacked))
+        cut = {"vector": 4, "rows": 1, "ahead": 1, "heads": heads}
+        result = unfold(run_interpreted(merge, problem, jax.tree.map(np.asarray, arrays), cut))
+        for number, own in enumerate(each):
+            part = jax.tree.map(lambda x: np.asarray(x)[number], result)
+            assert_merged(one, part, reference_merge.run(one, own))
 
     def test_several_rows_a_block_with_padded_scales(self) -> None:
         problem = make_problem(5, 3, 128, output_quant=Fp8PerGroup(128, "float32", "col_tma"))

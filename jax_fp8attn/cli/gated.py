@@ -62,6 +62,12 @@ def merge_calls() -> Iterator[Call]:
     yield _merge("N=16 packed", states=16, output_quant=packed, return_lse=True)
     yield _merge("in place", in_place=True, return_lse=True)
     yield _merge("fewer tokens than a tile", tokens=3, output_quant=packed)
+    yield _merge("one token", tokens=1, output_quant=static)
+    yield _merge("float32, one token", dtype=F32, tokens=1, output_quant=static)
+    yield _merge(
+        "tiles of heads", tokens=7, heads=16, context=True, output_quant=Fp8PerGroup.deepgemm_sm90(), **options
+    )
+    yield _merge("heads that fill no tile", tokens=3, heads=3, output_quant=static)
 
 
 def _new(seen: set[Any], **facts: Any) -> Iterator[Call]:
