@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from jax_fp8attn import cli
-from jax_fp8attn.cli import check, layers, show
+from jax_fp8attn.cli import canary, check, layers, show
 
 
 def run(*arguments, **environment):
@@ -120,3 +120,59 @@ def test_sanitizer_that_is_not_there(monkeypatch, capsys):
     monkeypatch.setenv("PATH", "")
     assert cli.main(["check", "--sanitize"]) == 2
     assert "compute-sanitizer" in capsys.readouterr().out
+
+
+def fake_sanitizer(monkeypatch, folder, canaries):
+    """A compute-sanitizer that runs what it is given, except that a canary ends as told, by tool. Returns its log."""
+    fake, log = folder / "compute-sanitizer", folder / "log"
+    cases = " ".join(f"*'cli.canary {tool}') exit {status};;" for tool, status in canaries.items())
+    fake.write_text(f'#!/bin/sh\necho "$*" >> {log}\ncase "$*" in {cases} esac\nshift 6\nexec "$@"\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return log
+
+
+@pytest.mark.parametrize(
+    ("canaries", "missed"),
+    [
+        ({"memcheck": 9, "synccheck": 9}, []),
+        ({"memcheck": 0, "synccheck": 9}, ["memcheck"]),
+        ({"memcheck": 9, "synccheck": 1}, ["synccheck"]),
+    ],
+    ids=str,
+)
+def test_sanitizer_must_see_the_canaries(canaries, missed, monkeypatch, tmp_path, capsys):
+    """A tool that does not report its faulty kernel fails the check, however clean the suites are."""
+    assert check.TOOLS == tuple(canary.FAULTS) == tuple(canaries)
+    suite = tmp_path / "test_suite.py"
+    suite.write_text("import pytest\n@pytest.mark.sanitize\ndef test_a(): pass")
+    monkeypatch.setattr(check, "SUITES", {"merge_attn_states": (str(suite),)})
+    log = fake_sanitizer(monkeypatch, tmp_path, canaries)
+    assert cli.main(["check", "--sanitize", "--op", "merge_attn_states", "--json"]) == bool(missed)
+    printed = capsys.readouterr()
+    counts = json.loads(printed.out)["suites"]
+    for tool in canaries:
+        found = [counts[f"{what} {tool}"]["failed"] for what in ("canary", "merge_attn_states")]
+        assert found == [int(tool in missed), 0]
+        assert (f"{tool} did not report a faulty kernel" in printed.err) == (tool in missed)
+    options = {line.split(str(sys.executable))[0] for line in log.read_text().splitlines() if "memcheck" in line}
+    assert len(options) == 1 and "kns=fp8attn" in options.pop()  # the canary under the options of the suites
+
+
+@pytest.mark.skipif(jax.devices()[0].platform == "gpu", reason="there is a GPU: the canary would run on it")
+def test_canary_without_a_gpu_is_not_a_report(capsys):
+    assert [canary.main(tool) for tool in canary.FAULTS] == [1, 1]
+    assert "needs a GPU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tool", canary.FAULTS)
+def test_canary_is_built_for_a_gpu(tool, monkeypatch):
+    """Lowered, not run: its name is one of ours."""
+    build, lowered = canary._kernel, []
+    monkeypatch.setattr(
+        canary,
+        "_kernel",
+        lambda body: lambda x: lowered.append(build(body).trace(x).lower(lowering_platforms=("cuda",)).as_text()),
+    )
+    canary.FAULTS[tool]()
+    assert "mosaic_gpu" in lowered[0] and "fp8attn_canary" in lowered[0]

@@ -20,8 +20,9 @@ SUITES = {
     "sparse_prefill": ("test_sparse_prefill.py",),
 }
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu"}
-TOOLS = ("memcheck", "synccheck")
+TOOLS = ("memcheck", "synccheck")  # each has its canary
 OURS = "kns=fp8attn"  # a substring of the kernels' names
+REPORTED = 9  # exit status of a sanitizer that reported something
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,12 +41,14 @@ def run(options: argparse.Namespace) -> int:
         print("--sanitize needs compute-sanitizer, which comes with the CUDA toolkit, on PATH")
         return 2
     counts: dict[str, dict[str, int]] = {}
+    if options.sanitize:
+        for tool in TOOLS:
+            counts[f"canary {tool}"] = _canary(tool, options)
     for op in options.op or sorted(SUITES):
         files = [str(tests / name) for name in SUITES[op] if (tests / name).exists()]
         if options.sanitize:
             for tool in TOOLS:
-                command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--kernel-name", OURS]
-                counts[f"{op} {tool}"] = _run(files, options, "sanitize", command)
+                counts[f"{op} {tool}"] = _run(files, options, "sanitize", _sanitizer(tool))
         else:
             counts[op] = _run(files, options, "" if options.all else "not slow", [])
     failed = any(count["failed"] or not count["passed"] for count in counts.values())
@@ -55,6 +58,25 @@ def run(options: argparse.Namespace) -> int:
         for name, count in counts.items():
             print(f"{name} on {options.device}: " + ", ".join(f"{number} {what}" for what, number in count.items()))
     return 1 if failed else 0
+
+
+def _sanitizer(tool: str) -> list[str]:
+    return ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(REPORTED), "--kernel-name", OURS]
+
+
+def _canary(tool: str, options: argparse.Namespace) -> dict[str, int]:
+    """Runs a faulty kernel as the suites are run: passed if the sanitizer reports it."""
+    done = subprocess.run(
+        [*_sanitizer(tool), sys.executable, "-m", "jax_fp8attn.cli.canary", tool],
+        env=os.environ | _environment(options.device, True),
+        capture_output=True,
+        text=True,
+    )
+    reported = done.returncode == REPORTED
+    if not reported:
+        print(f"{tool} did not report a faulty kernel of ours, so its silence proves nothing:", file=sys.stderr)
+        print("\n".join((done.stdout + done.stderr).splitlines()[-10:]), file=sys.stderr)
+    return {"passed": int(reported), "failed": int(not reported), "skipped": 0}
 
 
 def _run(files: list[str], options: argparse.Namespace, marks: str, prefix: list[str]) -> dict[str, int]:
