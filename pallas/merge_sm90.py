@@ -20,7 +20,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jax_fp8attn.pallas.common import rows
-from jax_fp8attn.pallas.common.backend import store, to_e4m3, varying_like
+from jax_fp8attn.pallas.common.backend import reciprocal, share_of, store, to_e4m3, varying_like
 from jax_fp8attn.pallas.common.groups import group_scale, largest_magnitude
 
 from jax_fp8attn.dispatch import Device
@@ -55,6 +55,8 @@ class MergeConfig:
             raise ValueError(f"a row of {self.width} columns does not fit {self.vector} columns a lane: {self}")
         if not 1 <= self.ahead <= self.rows:
             raise ValueError(f"1 to {self.rows} rows can be loaded ahead: {self}")
+        if self.heads not in ("leftover", "always", "never"):
+            raise ValueError(f"heads is {self.heads!r}; expected 'leftover', 'always' or 'never': {self}")
 
     @property
     def tokens(self) -> int:
@@ -178,6 +180,10 @@ class _Tile:
     def spread(self, x: Any, width: int) -> Any:
         """[lines] to [lines, width]."""
         return plgpu.layout_cast(lax.broadcast_in_dim(x, (self.lines, width), [0]), self.layout)
+
+
+def _divided(x: Any, by: int) -> tuple[Any, Any]:
+    return lax.div(x, by), lax.rem(x, by)
 
 
 class _Row(NamedTuple):
@@ -314,19 +320,19 @@ class _Kernel:
     def _body(self, arrays: int, *refs: Any) -> None:
         problem, config = self.problem, self.config
         gmem = self._refs(arrays, refs)
-        instance, block = self._divided(lax.axis_index("block"), self._blocks)
+        instance, block = _divided(lax.axis_index("block"), self._blocks)
         origin = instance * (problem.tokens // problem.instances)
         full, single = self._tiles()
         first_single = full * self._row_blocks
 
         def merge_full() -> None:
-            tile, row_block = self._divided(block, self._row_blocks)
+            tile, row_block = _divided(block, self._row_blocks)
             layout = rows.row_layout(config.width, config.vector)
             work = _Tile(instance, origin, origin + tile * config.tokens, config.tokens, layout)
             self._merge_tile(gmem, work, row_block, last=None if single else tile == full - 1)
 
         def merge_single() -> None:
-            token, row_block = self._divided(block - first_single, self._single_blocks)
+            token, row_block = _divided(block - first_single, self._single_blocks)
             layout = rows.single_row_layout if self._single_rows == 1 else rows.row_layout
             layout = layout(config.width, config.vector)
             work = _Tile(instance, origin, origin + full * config.tokens + token, 1, layout, self._single_rows)
@@ -338,12 +344,8 @@ class _Kernel:
         else:
             merge_full() if full else merge_single()
 
-    def _divided(self, x: Any, by: int) -> tuple[Any, Any]:
-        return lax.div(x, by), lax.rem(x, by)
-
     def _merge_tile(self, gmem: _Refs, tile: _Tile, row_block: Any, last: Any) -> None:
-        """Merges the rows of columns of one block; packs their scales into a word a token if the layout asks for it.
-        The blocks of the ``last`` tokens of an instance zero the scales' padding if that is the last instance."""
+        """What one block does. Those of the ``last`` tokens of the last instance zero the padding of the scales."""
         if tile.rows > 1:
             row = self._load_row(gmem, tile, row_block * tile.rows)
             self._merge_row(gmem, tile, row, self._inverse(gmem, tile))
@@ -357,6 +359,7 @@ class _Kernel:
         return None if gmem.scale is None else 1.0 / gmem.scale[tile.instance]
 
     def _merge_rows(self, gmem: _Refs, tile: _Tile, row_block: Any) -> None:
+        """Merges the rows of columns of one block; packs their scales into a word a token if the layout asks for it."""
         inverse, word = None, None
         for start in range(0, self.config.rows, self.config.ahead):
             places = range(start, min(start + self.config.ahead, self.config.rows))
@@ -387,11 +390,10 @@ class _Kernel:
     def _merge_row(self, gmem: _Refs, tile: _Tile, row: _Row, inverse: Any) -> Any:
         """Merges [lines, width]; returns the UE8M0 bytes [lines] of the groups, if there are any."""
         weights, absent, lse = self._weights(gmem, tile, row.lses)
-        absent = tile.spread(absent, self.config.width)
-        parts = []
-        for weight, state in zip(weights, row.states, strict=True):
-            weight = tile.spread(weight, self.config.width)
-            parts.append(jnp.where(weight < TINY, absent, state.astype(jnp.float32) * weight))
+        parts = [
+            share_of(state, weight, absent, TINY, tile.layout, self.interpret)
+            for weight, state in zip(weights, row.states, strict=True)
+        ]
         out = functools.reduce(jnp.add, parts)
         if self.problem.return_lse:
             first = lax.rem(row.index, self.rows_a_head) == 0
@@ -413,11 +415,12 @@ class _Kernel:
         anchor = jnp.where(empty, 0.0, top)
         terms = [jnp.exp((lse - anchor) * unit) for lse in lses]
         total = functools.reduce(jnp.add, terms)
-        inverse = jnp.where(empty, 0.0, 1.0 / jnp.where(empty, 1.0, total))
+        some = jnp.where(empty, 1.0, total)  # from 1 to the number of states, or NaN
+        inverse = jnp.where(empty, 0.0, reciprocal(some, tile.layout.reduce(1), self.interpret))
         weights = [term * inverse for term in terms]
         # -0.0 + x is x for every x, -0.0 included
         absent = jnp.where(empty, 0.0, -0.0)
-        lse = jnp.where(empty, -jnp.inf, jnp.log(jnp.where(empty, 1.0, total)) * (1.0 / unit) + anchor)
+        lse = jnp.where(empty, -jnp.inf, jnp.log(some) * (1.0 / unit) + anchor)
         if gmem.count is not None:
             alone = tile.positions() >= gmem.count[tile.instance]
             weights = [jnp.where(alone, float(n == len(weights) - 1), weight) for n, weight in enumerate(weights)]

@@ -95,8 +95,10 @@ class TestConfig:
         with pytest.raises(ValueError, match="in place"):
             merge_sm90.build(problem(heads=3, in_place=True), MergeConfig(128, 16, rows=2))
 
-    @pytest.mark.parametrize("bad", [(96, 8), (128, 3), (128, 128), (128, 2), (64, 8, 4, 5), (64, 8, 4, 0)])
-    def test_misfits_are_refused(self, bad: tuple[int, ...]) -> None:
+    @pytest.mark.parametrize(
+        "bad", [(96, 8), (128, 3), (128, 128), (128, 2), (64, 8, 4, 5), (64, 8, 4, 0), (64, 8, 1, 1, "all")]
+    )
+    def test_misfits_are_refused(self, bad: tuple[Any, ...]) -> None:
         with pytest.raises(ValueError, match="row"):
             MergeConfig(*bad)
 
@@ -191,9 +193,10 @@ class TestInPlace:
 class TestHardware:
     @pytest.mark.sanitize
     @pytest.mark.parametrize("quant", [None, Fp8PerTensor(0.5), Fp8PerGroup.row_major(64), PACKED])
-    @pytest.mark.parametrize(("tokens", "heads"), [(48, 4), (37, 3), (5, 6)])
+    @pytest.mark.parametrize(("tokens", "heads"), [(48, 4), (37, 3), (5, 6), (5, 8)])
     def test_edges_of_memory(self, tokens: int, heads: int, quant: Any) -> None:
-        """Whole tiles, left-over tokens, heads that do not fill a word: for the sanitizer, and equal to XLA.
+        """Whole tiles, left-over tokens with and without tiles of heads, heads that do not fill a word: for the
+        sanitizer, and equal to XLA.
         With float32 scales a code may move by one: amax / 448 is not a power of two."""
         s = exact_states(tokens, heads, 128, dtype=ml_dtypes.bfloat16)
         options = {"output_quant": quant, "return_lse": True, "prefill_tokens_with_context": tokens - 2}
