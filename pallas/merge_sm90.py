@@ -253,8 +253,12 @@ class _Kernel:
                 out_type=out_type,
                 grid=(problem.instances * self._blocks,),
                 grid_names=("block",),
-                # without barriers a warp may overwrite what another one, which holds the same row, has yet to read
-                compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=not problem.in_place),
+                compiler_params=plgpu.CompilerParams(
+                    approx_math=True,
+                    # without barriers a warp may overwrite what another one, which holds the same row, has yet to read
+                    unsafe_no_auto_barriers=not problem.in_place,
+                    reduction_scratch_bytes=0,  # a row is reduced inside a warp
+                ),
                 **options,
             )(*operands)
 

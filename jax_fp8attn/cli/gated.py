@@ -164,7 +164,7 @@ def _mla(label: str, pair: bool = False, **options: Any) -> Call:
 
 
 GATED: dict[str, tuple[Callable[[], Iterator[Call]], Budget]] = {
-    "merge_attn_states": (merge_calls, Budget(registers=128, shared_memory=4096)),
+    "merge_attn_states": (merge_calls, Budget(registers=128, shared_memory=1024)),
     "mla_prefill": (mla_calls, Budget(registers=255, shared_memory=232448)),
 }
 """Op: its calls and what each of its kernels may use."""
