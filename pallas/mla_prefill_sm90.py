@@ -1,9 +1,10 @@
 """``mla_prefill`` in FP8 on Hopper: two consumer warpgroups of 64 query rows and a producer, ragged, exact sums.
 
 A block computes one tile: up to 128 query rows of one sequence and one head, against that sequence's keys in blocks
-counted from its first key, so that a sequence is computed alike wherever it stands in a batch. The scores of a block of
-keys are computed while the values of the block before are weighted. Hopper's FP8 products keep about 13 bits of their
-sum: each block of keys gets a sum of its own, and the blocks are added in float32.
+counted from its first key, so that a sequence is computed alike wherever it stands in a batch. The consumers take
+turns: the products of one, scores of a block of keys and values of the block before, run while the other one computes
+probabilities. Hopper's FP8 products keep about 13 bits of their sum: each block of keys gets a sum of its own, and the
+blocks are added in float32.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from jax import lax
 from jax_fp8attn.pallas.common import hopper, tile_list
 from jax_fp8attn.pallas.common.backend import to_e4m3, varying_like
 from jax_fp8attn.pallas.common.groups import finite_magnitude, group_scale
-from jax_fp8attn.pallas.common.hopper import finished, full_row, row_max, row_sum, spread
+from jax_fp8attn.pallas.common.hopper import full_row, row_max, spread
 
 from jax_fp8attn import offsets
 from jax_fp8attn.dispatch import Device
@@ -40,8 +41,9 @@ from jax_fp8attn.quantize import (
 LOG2E, LN2 = math.log2(math.e), math.log(2.0)
 WARPGROUPS, ROWS = 2, 64  # of consumers, and query rows of each
 NOPE, ROPE, VALUES = 128, 64, 128
+KEYS = 128  # of a block; copies of V^T start at multiples of it
 PIECE = 64  # columns that are masked at once
-ALIGN = 128  # copies of V^T start at multiples of so many columns
+RESIDENT = 24 << 20  # bytes of keys and values that half of the L2 holds
 TINY = 2.0**-126  # the smallest normal float32: what lies below may have been flushed to zero
 LIFT = 8.0  # probabilities are stored times 2^8: the smallest stay normal numbers of e4m3
 
@@ -50,13 +52,11 @@ LIFT = 8.0  # probabilities are stored times 2^8: the smallest stay normal numbe
 class MlaConfig:
     """How a block works.
 
-    keys       keys of a block
     stages     blocks of keys in shared memory
     producer   a warpgroup of its own loads keys and values; else the first consumer does
     registers  of a consumer's and of the producer's thread; without a producer both have what the compiler gives
     """
 
-    keys: int = 128
     stages: int = 2
     producer: bool = True
     registers: tuple[int, int] = (240, 24)
@@ -65,8 +65,6 @@ class MlaConfig:
         consumer, producer = self.registers
         if not self.producer and self.stages < 2:
             raise ValueError(f"without a producer two stages at least are needed: {self}")
-        if self.keys not in (ALIGN, 2 * ALIGN):
-            raise ValueError(f"a block must have {ALIGN} or {2 * ALIGN} keys: {self}")
         if any(r % 8 for r in self.registers) or 128 * (WARPGROUPS * consumer + producer) > 65536:
             raise ValueError(f"registers must be multiples of 8 and fit into 65536: {self}")
         if self.shared_memory > 232448:
@@ -77,7 +75,7 @@ class MlaConfig:
         """Bytes of a block, barriers apart."""
         queries = WARPGROUPS * ROWS * (NOPE + ROPE)
         outputs = WARPGROUPS * ROWS * (4 * VALUES + 4)
-        return queries + outputs + self.stages * self.keys * (NOPE + ROPE + VALUES)
+        return queries + outputs + self.stages * KEYS * (NOPE + ROPE + VALUES)
 
 
 def default_config(problem: MlaProblem) -> MlaConfig:
@@ -123,7 +121,7 @@ class Steps(NamedTuple):
 
 def steps_of(problem: MlaProblem, config: MlaConfig, interpret: Any = None) -> Steps:
     def prepare(arrays: MlaArrays) -> tuple[_Operands, tile_list.Work]:
-        regions = tile_list.key_regions(arrays.k_start, arrays.k_length, problem.keys, ALIGN)
+        regions = tile_list.key_regions(arrays.k_start, arrays.k_length, problem.keys, KEYS)
         work = tile_list.query_tiles(problem, arrays, regions, WARPGROUPS * ROWS)
         return _operands(problem, arrays, regions, work), work
 
@@ -180,7 +178,7 @@ def _operands(problem: MlaProblem, arrays: MlaArrays, regions: tile_list.Regions
         rows = jnp.repeat(scale, x.shape[0] // problem.instances, total_repeat_length=x.shape[0])
         return to_stored(x, scale[0] if problem.instances == 1 else rows.reshape(-1, *[1] * (x.ndim - 1)))
 
-    values, first_nan = tile_list.transposed_values(stored(arrays.v, arrays.v_scale), regions, ALIGN)
+    values, first_nan = tile_list.transposed_values(stored(arrays.v, arrays.v_scale), regions, KEYS)
     exponent = arrays.q_scale * arrays.k_scale * arrays.softmax_scale * LOG2E
     codes = jnp.ones_like(exponent) if arrays.output_scale is None else 1.0 / arrays.output_scale
     state = problem.state_dtype is not None
@@ -246,7 +244,7 @@ class _Softmax(NamedTuple):
 
     out: Any  # [64, 128]
     top: Any  # [64] in base 2
-    total: Any
+    total: Any  # [64, 8]: columns still to be added
     shrink: Any
 
 
@@ -281,7 +279,7 @@ class _Loader(NamedTuple):
 
     def _load_k(self, number: Any, slot: Any) -> None:
         gmem, smem, tile = self.gmem, self.smem, self.tile
-        rows = pl.ds(tile.first_key + number * self.config.keys, self.config.keys)
+        rows = pl.ds(tile.first_key + number * KEYS, KEYS)
         if gmem.k_rope is None:
             nope, rope = gmem.k.at[rows, tile.head, pl.ds(0, NOPE)], gmem.k.at[rows, tile.head, pl.ds(NOPE, ROPE)]
         else:
@@ -291,41 +289,65 @@ class _Loader(NamedTuple):
 
     def _load_v(self, number: Any, slot: Any) -> None:
         gmem, smem, tile = self.gmem, self.smem, self.tile
-        first = pl.multiple_of(tile.first_column + number * self.config.keys, ALIGN)
-        columns = pl.ds(first, self.config.keys)
+        first = pl.multiple_of(tile.first_column + number * KEYS, KEYS)
+        columns = pl.ds(first, KEYS)
         plgpu.copy_gmem_to_smem(gmem.v.at[tile.head, :, columns], smem.v.at[slot], smem.v_there.at[slot])
 
 
-class _Scores(NamedTuple):
-    """The first product: 64 queries against a block of keys."""
+class _Products(NamedTuple):
+    """The two products of a warpgroup: its 64 queries with a block of keys, and probabilities with a block of values.
+
+    Interpreted, the operands are read plainly, so that a race on them is seen.
+    """
 
     smem: _Shared
     warpgroup: Any
-    keys: int
-    exponent: Any  # that scores are multiplied with
     interpreted: bool
 
-    def issue(self, accumulator: Any, slot: Any) -> None:
+    def start_scores(self, slot: Any) -> Any:
+        """[64, keys]"""
         smem = self.smem
-        plgpu.wgmma(accumulator, smem.q_nope[1].at[self.warpgroup], smem.k_nope[1].at[slot].T)
-        plgpu.wgmma(accumulator, smem.q_rope[1].at[self.warpgroup], smem.k_rope[1].at[slot].T)
-
-    def read(self, slot: Any) -> Any:
-        """[64, keys]; the keys are free then."""
-        product = self.product(slot)
-        plgpu.barrier_arrive(self.smem.k_free.at[slot])
-        return product
-
-    def product(self, slot: Any) -> Any:
-        """Interpreted, the operands are read plainly, so that a race on them is seen."""
+        parts = ((smem.q_nope, smem.k_nope, NOPE), (smem.q_rope, smem.k_rope, ROPE))
         if not self.interpreted:
-            return finished(lambda accumulator: self.issue(accumulator, slot), (ROWS, self.keys))
-        smem = self.smem
-        parts = ((smem.q_nope, smem.k_nope), (smem.q_rope, smem.k_rope))
+            pairs = [(q[1].at[self.warpgroup], k[1].at[slot], swizzle) for q, k, swizzle in parts]
+            return hopper.start((ROWS, KEYS), pairs)
         wide = lambda view, index: view[1][index].astype(jnp.float32)
-        products = [jnp.dot(wide(q, self.warpgroup), wide(k, slot).T) for q, k in parts]
+        products = [jnp.dot(wide(q, self.warpgroup), wide(k, slot).T) for q, k, _ in parts]
         plgpu.commit_smem()
         return products[0] + products[1]
+
+    def start_values(self, operand: Any, slot: Any) -> Any:
+        """[64, 128]"""
+        if not self.interpreted:
+            return hopper.start((ROWS, VALUES), [(operand, self.smem.v.at[slot], KEYS)])
+        product = jnp.dot(operand.astype(jnp.float32), self.smem.v[slot].astype(jnp.float32).T)
+        plgpu.commit_smem()
+        return product
+
+    def scores(self, pending: Any, slot: Any, younger: int = 0) -> Any:
+        """The result; the keys are free then."""
+        result = self._settled(pending, younger)
+        plgpu.barrier_arrive(self.smem.k_free.at[slot])
+        return result
+
+    def weighed(self, pending: Any, slot: Any) -> Any:
+        """The result; the values are free then."""
+        result = self._settled(pending, 0)
+        plgpu.barrier_arrive(self.smem.v_free.at[slot])
+        return result
+
+    def _settled(self, pending: Any, younger: int) -> Any:
+        return pending if self.interpreted else hopper.settled(pending, younger)
+
+    def wait_for_turn(self) -> None:
+        """The warpgroups' products run one after the other, and each computes probabilities meanwhile. Side by side
+        both would wait for their products at the same time."""
+        if not self.interpreted:
+            hopper.wait_for_turn()
+
+    def pass_turn(self) -> None:
+        if not self.interpreted:
+            hopper.pass_turn()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -378,7 +400,7 @@ class _Kernel:
 
     def _scratch(self) -> list[Any]:
         config, plain = self.config, self.interpret is not None
-        stages, keys = config.stages, config.keys
+        stages = config.stages
         anywhere = lambda shape, swizzle: hopper.rows_anywhere(shape, E4M3, swizzle, plain)
         barrier = lambda arrivals, count: plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
         out = hopper.rows_out(WARPGROUPS, ROWS, VALUES, self.out_dtype, plain)
@@ -388,9 +410,9 @@ class _Kernel:
         return [
             anywhere((WARPGROUPS, ROWS, NOPE), 128),
             anywhere((WARPGROUPS, ROWS, ROPE), 64),
-            anywhere((stages, keys, NOPE), 128),
-            anywhere((stages, keys, ROPE), 64),
-            hopper.tiles((stages, VALUES, keys), E4M3, 128),
+            anywhere((stages, KEYS, NOPE), 128),
+            anywhere((stages, KEYS, ROPE), 64),
+            hopper.tiles((stages, VALUES, KEYS), E4M3, KEYS),
             out,
             plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
             *([plgpu.SMEM((WARPGROUPS * self.groups, ROWS), jnp.float32)] if self.groups else []),
@@ -433,16 +455,25 @@ class _Kernel:
                 loader.first()
                 pl.loop(0, tile.blocks)(loader.refill)
 
+    def _place(self, block: Any) -> tuple[Any, Any]:
+        """Head and tile of a block: a group of heads whose keys and values fit into the L2 together, the longest tiles
+        of all of them first, then the next group."""
+        heads = self.problem.heads
+        groups = -(-heads // max(1, min(heads, RESIDENT // ((NOPE + ROPE + VALUES) * self.problem.keys))))
+        size = -(-heads // groups)
+        group, rest = lax.div(block, size * self.tiles), lax.rem(block, size * self.tiles)
+        width = jnp.minimum(heads - group * size, size) if heads % size else size
+        return group * size + lax.rem(rest, width), lax.div(rest, width)
+
     def _tile(self, gmem: _Operands) -> _Tile:
-        block = lax.axis_index("block")
-        head, index = lax.div(block, self.tiles), lax.rem(block, self.tiles)
+        head, index = self._place(lax.axis_index("block"))
         field = lambda name: gmem.tiles[index, tile_list.FIELDS.index(name)]
         rows, visible, key_count = field("rows"), field("visible"), field("key_count")
         most = jnp.minimum(visible + rows - 1, key_count) if self.problem.causal else key_count
         return _Tile(
             index, head, field("first_query"), rows, field("first_key"), field("first_column"), visible, key_count,
             field("sequence"), field("instance"),
-            jnp.maximum(lax.div(most + (self.config.keys - 1), self.config.keys), 1),
+            jnp.maximum(lax.div(most + (KEYS - 1), KEYS), 1),
         )  # fmt: skip
 
     def _consume(self, gmem: _Operands, smem: _Shared, tile: _Tile, warpgroup: Any, results: _Results) -> None:
@@ -464,15 +495,16 @@ class _Kernel:
         # the largest score is looked for before it is scaled
         pl.when(exponent < 0)(lambda: self._negate_queries(smem, warpgroup))
         exponent = jnp.where(exponent < 0, -exponent, exponent)
-        scores = _Scores(smem, warpgroup, config.keys, exponent, self.interpret is not None)
+        products = _Products(smem, warpgroup, self.interpret is not None)
+        pl.when(warpgroup == 1)(products.pass_turn)
         plgpu.barrier_wait(smem.k_there.at[0])
-        s = scores.read(0)
+        s = products.scores(products.start_scores(0), 0)
         state = _Softmax(
             plgpu.layout_cast(jnp.zeros((ROWS, VALUES), jnp.float32), hopper.ACCUMULATOR),
-            full_row(-jnp.inf, ROWS), full_row(0.0, ROWS), full_row(0.0, ROWS),
+            full_row(-jnp.inf, ROWS), hopper.no_sum(ROWS), full_row(0.0, ROWS),
         )  # fmt: skip
         p, state = self._softmax(tile, exponent, s, state, local, 0)
-        p = hopper.as_operand(p, self.interpret is not None)
+        plgpu.barrier_wait(smem.v_there.at[0])
 
         def refill(number: Any) -> None:
             """Beside the products of block ``number``: what both consumers have left since."""
@@ -482,15 +514,17 @@ class _Kernel:
 
         def step(masked: bool) -> Callable[[Any, Any], Any]:
             own = local if masked else None
-            return lambda number, carry: self._step(smem, tile, scores, refill, own, number, carry)
+            return lambda number, carry: self._step(tile, products, exponent, refill, own, number, carry)
 
         least = jnp.clip(tile.visible + local, 0, tile.key_count) if self.problem.causal else tile.key_count
-        whole = jnp.clip(lax.div(least, config.keys), 1, tile.blocks)
+        whole = jnp.clip(lax.div(least, KEYS), 1, tile.blocks)
         carry = lax.fori_loop(1, whole, step(False), (p, state))
         p, state = lax.fori_loop(whole, tile.blocks, step(True), carry)
-        state = self._add_values(smem, p, state, lax.rem(tile.blocks - 1, config.stages))
+        last = lax.rem(tile.blocks - 1, config.stages)
+        state = self._add_values(state, products.weighed(products.start_values(p, last), last))
         # read again: the scalars of a tile would take registers through the loops
         self._finish(gmem, smem, self._tile(gmem), state, warpgroup, results)
+        pl.when(warpgroup == 0)(products.wait_for_turn)  # the last one passed
         if loads and self.interpret is not None:  # which wants every release to be seen
             pl.when(warpgroup == 0)(lambda: self._see_last_releases(smem, tile))
 
@@ -516,75 +550,49 @@ class _Kernel:
 
     def _softmax(
         self, tile: _Tile, exponent: Any, s: Any, state: _Softmax, local: Any, number: Any
-    ) -> tuple[list[Any], _Softmax]:
-        """Lifted probabilities of a block of scores, in pieces. ``local``: the first row in the tile; None: every key
-        is seen."""
+    ) -> tuple[Any, _Softmax]:
+        """Lifted probabilities of a block of scores as an operand. ``local``: the first row in the tile; None: every
+        key is seen."""
         pieces = [s] if local is None else self._masked(tile, exponent, s, local, number)
         factor = exponent if local is None else 1.0
         top = jnp.maximum(state.top, row_max(pieces) * factor)
         anchor = top if local is None else jnp.where(top == -jnp.inf, 0.0, top)
         shrink = jnp.exp2(state.top - anchor)
         pieces = [jnp.exp2(piece * factor - spread(anchor - LIFT, piece)) for piece in pieces]
-        return pieces, state._replace(top=top, total=state.total * shrink + row_sum(pieces), shrink=shrink)
+        total = state.total * spread(shrink, state.total) + hopper.partial_sum(pieces)
+        operand = hopper.as_operand(pieces, self.interpret is not None)
+        return operand, state._replace(top=top, total=total, shrink=shrink)
 
     def _masked(self, tile: _Tile, exponent: Any, s: Any, local: Any, number: Any) -> list[Any]:
         """Scaled scores, -inf where a key is not seen, in pieces that share the registers of their column numbers."""
         column = plgpu.broadcasted_iota(jnp.int32, (ROWS, PIECE), 1, layout=hopper.ACCUMULATOR)
-        visible = self._visible(tile, local) - number * self.config.keys
+        visible = self._visible(tile, local) - number * KEYS
         pieces = []
-        for first in range(0, self.config.keys, PIECE):
+        for first in range(0, KEYS, PIECE):
             piece = s[:, first : first + PIECE]
             pieces.append(jnp.where(column < spread(visible - first, piece), piece * exponent, -jnp.inf))
         return pieces
 
     def _step(
-        self, smem: _Shared, tile: _Tile, scores: _Scores, refill: Any, local: Any, number: Any, carry: Any
+        self, tile: _Tile, products: _Products, exponent: Any, refill: Any, local: Any, number: Any, carry: Any
     ) -> tuple[Any, _Softmax]:
-        """Scores of block ``number`` beside the values of the block before; where keys are masked one after the other,
-        which needs fewer registers."""
+        """Scores of block ``number``, values of the block before, probabilities of this one."""
         operand, state = carry
         slot, before = (lax.rem(n, self.config.stages) for n in (number, number - 1))
-
-        def beside(score_sum: Any, value_sum: Any) -> tuple[Any, _Softmax]:
-            scores.issue(score_sum, slot)
-            plgpu.wgmma(value_sum, operand, smem.v.at[before].T)
-            refill(number)
-            s = plgpu.wgmma_accumulator_load(score_sum, wait_n=1)
-            plgpu.barrier_arrive(smem.k_free.at[slot])
-            p, new = self._softmax(tile, scores.exponent, s, state, local, number)
-            weighed = plgpu.wgmma_accumulator_load(value_sum, wait_n=0)
-            plgpu.barrier_arrive(smem.v_free.at[before])
-            return hopper.as_operand(p, False), new._replace(out=state.out * spread(state.shrink, weighed) + weighed)
-
-        if local is None and self.interpret is None:
-            plgpu.barrier_wait(smem.k_there.at[slot])
-            plgpu.barrier_wait(smem.v_there.at[before])
-            shapes = ((ROWS, self.config.keys), (ROWS, VALUES))
-            return pl.run_scoped(beside, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+        plgpu.barrier_wait(products.smem.k_there.at[slot])
+        products.wait_for_turn()
+        scores, weighed = products.start_scores(slot), products.start_values(operand, before)
         refill(number)
-        state = self._add_values(smem, operand, state, before)
-        plgpu.barrier_wait(smem.k_there.at[slot])
-        s = scores.read(slot)
-        p, state = self._softmax(tile, scores.exponent, s, state, local, number)
-        return hopper.as_operand(p, self.interpret is not None), state
+        scores = products.scores(scores, slot, younger=1)
+        weighed = products.weighed(weighed, before)
+        products.pass_turn()
+        operand, state = self._softmax(tile, exponent, scores, self._add_values(state, weighed), local, number)
+        plgpu.barrier_wait(products.smem.v_there.at[slot])
+        return operand, state
 
-    def _add_values(self, smem: _Shared, operand: Any, state: _Softmax, slot: Any) -> _Softmax:
-        plgpu.barrier_wait(smem.v_there.at[slot])
-        weighed = self._weigh(smem, operand, slot)
+    @staticmethod
+    def _add_values(state: _Softmax, weighed: Any) -> _Softmax:
         return state._replace(out=state.out * spread(state.shrink, weighed) + weighed)
-
-    def _weigh(self, smem: _Shared, operand: Any, slot: Any) -> Any:
-        """Probabilities times values, a sum of its own; the values are free then."""
-        product = self._value_product(smem, operand, slot)
-        plgpu.barrier_arrive(smem.v_free.at[slot])
-        return product
-
-    def _value_product(self, smem: _Shared, operand: Any, slot: Any) -> Any:
-        if self.interpret is not None:
-            product = jnp.dot(operand.astype(jnp.float32), smem.v[slot].astype(jnp.float32).T)
-            plgpu.commit_smem()
-            return product
-        return finished(lambda acc: plgpu.wgmma(acc, operand, smem.v.at[slot].T), (ROWS, VALUES))
 
     @staticmethod
     def _pieces(dtype: Any) -> int:
@@ -603,9 +611,10 @@ class _Kernel:
         self, gmem: _Operands, smem: _Shared, tile: _Tile, state: _Softmax, warpgroup: Any, results: _Results
     ) -> None:
         """Normalises, merges the earlier state, quantises and stores."""
-        nothing = state.total == 0.0
+        total = state.total.sum(axis=1)
+        nothing = total == 0.0
         v_scale = gmem.scales[tile.instance, 1]
-        weight = jnp.where(nothing, 0.0, v_scale / jnp.where(nothing, 1.0, state.total))
+        weight = jnp.where(nothing, 0.0, v_scale / jnp.where(nothing, 1.0, total))
         value = state.out * spread(weight, state.out)
         first_nan = plgpu.load(
             gmem.first_nan.at[tile.sequence, tile.head], layout=hopper.ACCUMULATOR.reduce(0), optimized=False
@@ -613,8 +622,8 @@ class _Kernel:
         visible = jnp.maximum(self._visible(tile, warpgroup * ROWS), 0)
         seen = lax.broadcast_in_dim(first_nan, value.shape, [1]) < spread(visible, value)
         value = jnp.where(seen, jnp.nan, value)
-        total = jnp.log(jnp.where(nothing, 1.0, state.total))
-        lse = jnp.where(nothing, -jnp.inf, state.top * LN2 + (total - LIFT * LN2))
+        log_total = jnp.log(jnp.where(nothing, 1.0, total))
+        lse = jnp.where(nothing, -jnp.inf, state.top * LN2 + (log_total - LIFT * LN2))
         if self.merges:
             value, lse = self._merged(gmem, smem, tile, warpgroup, value, lse)
         smem.lse.at[warpgroup][...] = lse

@@ -1,5 +1,6 @@
 """The Hopper kernel of mla_prefill: interpreted on a CPU, with races looked for, against the oracle."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from jax_fp8attn.testing import assert_bitwise_equal, fp8_ulps
 E4M3, BF16, F32 = (np.dtype(t) for t in (ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16, np.float32))
 NAN, INF = np.nan, np.inf
 PER_TENSOR = Fp8PerTensor(None)
+LSE_BOUND = 1e-4  # products on the tensor cores keep fewer bits: there 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +114,7 @@ def check(given: Case, arrays: MlaArrays | None = None, cut: dict[str, Any] | No
     np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(exact[1]))
     finite = np.isfinite(np.asarray(exact[1]))
     np.testing.assert_array_equal(np.isnan(lse), np.isnan(exact[1]))
-    np.testing.assert_allclose(lse[finite], np.asarray(exact[1])[finite], atol=1e-4)
+    np.testing.assert_allclose(lse[finite], np.asarray(exact[1])[finite], atol=LSE_BOUND)
     got, near, far = values_of(out), values_of(emulated), values_of(exact[0])
     np.testing.assert_array_equal(np.isnan(got), np.isnan(far))
     mass = lambda x: np.sqrt(np.nansum(x * x, axis=-1))  # of each row and head
@@ -269,37 +271,43 @@ class TestFaults:
 
 def faulty(interpret: Any, fault: str, problem: MlaProblem, arrays: MlaArrays) -> Any:
     """The kernel with one thing replaced."""
-    own = mla_prefill_sm90._Kernel
-    add, visible = own._add_values, own._visible
+    own, products = mla_prefill_sm90._Kernel, mla_prefill_sm90._Products
+    visible, start_scores, start_values = own._visible, products.start_scores, products.start_values
 
-    def read_late(self: Any, slot: Any) -> Any:
+    def keys_early(self: Any, slot: Any) -> Any:
         plgpu.barrier_arrive(self.smem.k_free.at[slot])
-        return self.product(slot)
+        return start_scores(self, slot)
 
-    def weigh_late(self: Any, smem: Any, operand: Any, slot: Any) -> Any:
-        plgpu.barrier_arrive(smem.v_free.at[slot])
-        return self._value_product(smem, operand, slot)
+    def values_early(self: Any, operand: Any, slot: Any) -> Any:
+        plgpu.barrier_arrive(self.smem.v_free.at[slot])
+        return start_values(self, operand, slot)
 
-    def add_unscaled(self: Any, smem: Any, operand: Any, state: Any, slot: Any) -> Any:
-        return add(self, smem, operand, state._replace(shrink=state.shrink * 0 + 1), slot)
-
+    unreleased = lambda self, pending, slot, younger=0: pending
     patches = {
-        "none": (own, "_visible", visible),
-        "keys released before they are read": (mla_prefill_sm90._Scores, "read", read_late),
-        "values released before they are read": (own, "_weigh", weigh_late),
-        "no lift in the lse": (mla_prefill_sm90, "LIFT", 7.0),
-        "keys in plain order": (mla_prefill_sm90.tile_list, "KEY_ORDER", tuple(range(16))),
-        "mask one key too wide": (own, "_visible", lambda self, tile, local: visible(self, tile, local) + 1),
-        "earlier sum not rescaled": (own, "_add_values", add_unscaled),
-    }
-    with mock.patch.object(*patches[fault]):
+        "none": [],
+        "keys released before they are read": [
+            (products, "start_scores", keys_early), (products, "scores", unreleased)
+        ],
+        "values released before they are read": [
+            (products, "start_values", values_early), (products, "weighed", unreleased)
+        ],
+        "no lift in the lse": [(mla_prefill_sm90, "LIFT", 7.0)],
+        "keys in plain order": [(mla_prefill_sm90.tile_list, "KEY_ORDER", tuple(range(16)))],
+        "mask one key too wide": [(own, "_visible", lambda self, tile, local: visible(self, tile, local) + 1)],
+        "earlier sum not rescaled": [
+            (own, "_add_values", lambda self, state, weighed: state._replace(out=state.out + weighed))
+        ],
+    }  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        for patch in patches[fault]:
+            stack.enter_context(mock.patch.object(*patch))
         return kernel(interpret, problem, arrays)
 
 
 class TestConfig:
-    @pytest.mark.parametrize("bad", [{"keys": 64}, {"keys": 192}, {"registers": (248, 40)}, {"keys": 256, "stages": 3}])
+    @pytest.mark.parametrize("bad", [{"registers": (248, 40)}, {"registers": (236, 24)}, {"stages": 5}])
     def test_misfits_are_refused(self, bad: dict[str, Any]) -> None:
-        with pytest.raises(ValueError, match=r"registers|keys|shared memory"):
+        with pytest.raises(ValueError, match=r"registers|shared memory"):
             MlaConfig(**bad)
 
     def test_heuristics(self) -> None:
