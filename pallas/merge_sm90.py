@@ -66,6 +66,7 @@ class MergeConfig:
 
 # elements of a problem (T * H * D): few columns a lane where latency decides, more where the memory does
 TINY_PROBLEM, SMALL_PROBLEM, MIDDLE_PROBLEM, LARGE_PROBLEM = 2**16, 2**19, 2**21, 2**24
+FEW_TOKENS = 8
 
 
 def default_config(problem: MergeProblem) -> MergeConfig:
@@ -74,7 +75,7 @@ def default_config(problem: MergeProblem) -> MergeConfig:
     if isinstance(problem.output_quant, Fp8PerGroup):
         return _group_config(problem, problem.output_quant, elements)
     width = min(WIDEST_ROW, problem.width & -problem.width)
-    vector = 4 if elements <= TINY_PROBLEM else 8
+    vector = 4 if elements <= TINY_PROBLEM and problem.tokens < FEW_TOKENS else 8
     if elements >= LARGE_PROBLEM and width == WIDEST_ROW and problem.output_quant and problem.dtype.itemsize == 2:
         vector = 16
     return MergeConfig(width, min(vector, width // 2))
@@ -82,7 +83,7 @@ def default_config(problem: MergeProblem) -> MergeConfig:
 
 def _group_config(problem: MergeProblem, quant: Fp8PerGroup, elements: int) -> MergeConfig:
     """A block takes the 128 columns of a head at once, or the four groups of a packed word."""
-    width, packed, row_major = quant.group_size, quant.scale_layout == "col_tma_packed", quant.scale_layout == "row"
+    width, packed = quant.group_size, quant.scale_layout == "col_tma_packed"
     small = elements <= SMALL_PROBLEM
     if width == 32:
         vector = 4
@@ -96,12 +97,13 @@ def _group_config(problem: MergeProblem, quant: Fp8PerGroup, elements: int) -> M
     if packed:
         rows_a_block = 4
     elif width == WIDEST_ROW:
-        rows_a_block = 2 if row_major and elements > MIDDLE_PROBLEM else 1
+        rows_a_block = 1
     else:
         rows_a_block = WIDEST_ROW // width
     rows_a_block = min(rows_a_block, problem.heads * problem.width // width) or 1
     registers = problem.states * vector * problem.dtype.itemsize // 4
-    most = 1 if width == WIDEST_ROW and not packed else 4 if small else 2
+    few_blocks = packed and 2 * MIDDLE_PROBLEM < elements < LARGE_PROBLEM
+    most = 1 if width == WIDEST_ROW and (few_blocks or not packed) else 4 if small else 2
     return MergeConfig(width, vector, rows_a_block, ahead=min(rows_a_block, most, max(1, 32 // registers)))
 
 

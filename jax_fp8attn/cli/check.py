@@ -12,6 +12,8 @@ import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+from jax_fp8attn.cli import canary
+
 SUITES = {
     "gdn_prefill": ("test_gdn_prefill.py", "test_gdn_pool.py"),
     "merge_attn_states": ("test_merge.py", "test_merge_kernel.py"),
@@ -20,7 +22,7 @@ SUITES = {
     "sparse_prefill": ("test_sparse_prefill.py",),
 }
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu"}
-TOOLS = ("memcheck", "synccheck")  # each has its canary
+TOOLS = ("memcheck", "synccheck")
 OURS = "kns=fp8attn"  # a substring of the kernels' names
 REPORTED = 9  # exit status of a sanitizer that reported something
 
@@ -42,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
         return 2
     counts: dict[str, dict[str, int]] = {}
     if options.sanitize:
-        for tool in TOOLS:
+        for tool in canary.FAULTS:
             counts[f"canary {tool}"] = _canary(tool, options)
     for op in options.op or sorted(SUITES):
         files = [str(tests / name) for name in SUITES[op] if (tests / name).exists()]
