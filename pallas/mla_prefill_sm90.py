@@ -55,16 +55,21 @@ class MlaConfig:
     stages     blocks of keys in shared memory
     producer   a warpgroup of its own loads keys and values; else the first consumer does
     registers  of a consumer's and of the producer's thread; without a producer both have what the compiler gives
+    blocks     that work off all tiles one after the other, the next tile's operands loaded ahead; 0: a block a tile.
+               Needs a producer
     """
 
     stages: int = 2
     producer: bool = True
     registers: tuple[int, int] = (240, 24)
+    blocks: int = 0
 
     def __post_init__(self) -> None:
         consumer, producer = self.registers
         if not self.producer and self.stages < 2:
             raise ValueError(f"without a producer two stages at least are needed: {self}")
+        if self.blocks and not self.producer:
+            raise ValueError(f"blocks that take several tiles need a producer: {self}")
         if any(r % 8 for r in self.registers) or 128 * (WARPGROUPS * consumer + producer) > 65536:
             raise ValueError(f"registers must be multiples of 8 and fit into 65536: {self}")
         if self.shared_memory > 232448:
@@ -208,6 +213,7 @@ class _Shared(NamedTuple):
     lse: Any  # [2, 64]
     scales: Any  # [2 * groups, 64]; None without groups
     q_there: Any
+    q_free: Any
     state_there: Any
     k_there: Any
     v_there: Any
@@ -218,6 +224,7 @@ class _Shared(NamedTuple):
 class _Tile(NamedTuple):
     """The scalars of a tile; see ``tile_list``."""
 
+    number: Any  # in the order of work
     index: Any
     head: Any
     first_query: Any
@@ -229,6 +236,11 @@ class _Tile(NamedTuple):
     sequence: Any
     instance: Any
     blocks: Any  # of keys, at least one
+    before: Any  # blocks of keys that this block of threads has worked off
+
+    def slot(self, number: Any, stages: int) -> Any:
+        """Where block ``number`` of the keys stands in shared memory."""
+        return lax.rem(self.before + number, stages)
 
 
 class _Results(NamedTuple):
@@ -256,16 +268,23 @@ class _Loader(NamedTuple):
     tile: _Tile
     config: MlaConfig
 
+    def stream(self) -> None:
+        """All blocks, each as soon as its slot is free."""
+
+        @pl.loop(0, self.tile.blocks)
+        def load(number: Any) -> None:
+            slot = self.tile.slot(number, self.config.stages)
+            used = self.tile.before + number >= self.config.stages
+            pl.when(used)(lambda: plgpu.barrier_wait(self.smem.k_free.at[slot]))
+            self._load_k(number, slot)
+            pl.when(used)(lambda: plgpu.barrier_wait(self.smem.v_free.at[slot]))
+            self._load_v(number, slot)
+
     def first(self) -> None:
+        """Without a producer: what the stages hold. ``refill_k`` and ``refill_v`` fill the slots of a block again."""
         for number in range(self.config.stages):
             pl.when(number < self.tile.blocks)(functools.partial(self._load_k, number, number))
             pl.when(number < self.tile.blocks)(functools.partial(self._load_v, number, number))
-
-    def refill(self, number: Any) -> None:
-        """The slots of block ``number`` are filled again. Waits for every release: what nobody waits for is no
-        synchronisation."""
-        self.refill_k(number)
-        self.refill_v(number)
 
     def refill_k(self, number: Any) -> None:
         slot, following = lax.rem(number, self.config.stages), number + self.config.stages
@@ -276,6 +295,12 @@ class _Loader(NamedTuple):
         slot, following = lax.rem(number, self.config.stages), number + self.config.stages
         plgpu.barrier_wait(self.smem.v_free.at[slot])
         pl.when(following < self.tile.blocks)(lambda: self._load_v(following, slot))
+
+    def queries(self, warpgroup: Any) -> None:
+        smem, rows = self.smem, pl.ds(self.tile.first_query + warpgroup * ROWS, ROWS)
+        for part, where in ((smem.q_nope, pl.ds(0, NOPE)), (smem.q_rope, pl.ds(NOPE, ROPE))):
+            source = self.gmem.q.at[rows, self.tile.head, where]
+            plgpu.copy_gmem_to_smem(source, part[0].at[warpgroup], smem.q_there.at[warpgroup])
 
     def _load_k(self, number: Any, slot: Any) -> None:
         gmem, smem, tile = self.gmem, self.smem, self.tile
@@ -368,6 +393,12 @@ class _Kernel:
         return VALUES // spec.group_size if isinstance(spec, Fp8PerGroup) else 0
 
     @property
+    def blocks(self) -> int:
+        """Blocks of threads."""
+        tiles = self.problem.heads * self.tiles
+        return min(self.config.blocks or tiles, tiles)
+
+    @property
     def out_dtype(self) -> Any:
         return E4M3 if self.problem.output_quant is not None else jnp.dtype(self.problem.out_dtype)
 
@@ -387,7 +418,7 @@ class _Kernel:
                 jax.ShapeDtypeStruct((problem.heads, self.tiles, WARPGROUPS * ROWS), jnp.float32),
                 *([scales] if self.groups else []),
             ],
-            grid=(problem.heads * self.tiles,),
+            grid=(self.blocks,),
             grid_names=("block",),
             num_threads=WARPGROUPS + self.config.producer,
             thread_name="warpgroup",
@@ -417,6 +448,7 @@ class _Kernel:
             plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
             *([plgpu.SMEM((WARPGROUPS * self.groups, ROWS), jnp.float32)] if self.groups else []),
             barrier(2, WARPGROUPS),
+            barrier(WARPGROUPS, 1),
             *([barrier(self._pieces(self.problem.state_dtype), WARPGROUPS)] if self.merges else []),
             barrier(2, stages),
             barrier(1, stages),
@@ -435,98 +467,122 @@ class _Kernel:
         state, out_smem = last if self.merges else (None, last)
         smem = _Shared(
             *views, v, state, out_smem, next(given), next(given) if self.groups else None,
-            next(given), next(given) if self.merges else None, *given,
+            next(given), next(given), next(given) if self.merges else None, *given,
         )  # fmt: skip
         warpgroup = lax.axis_index("warpgroup")
-        tile = self._tile(gmem)
+        products = _Products(smem, warpgroup, self.interpret is not None)
 
-        @pl.when((warpgroup < WARPGROUPS) & (tile.rows > 0))
+        @pl.when(warpgroup < WARPGROUPS)
         def consumer() -> None:
             if self.config.producer:
                 plgpu.set_max_registers(self.config.registers[0], action="increase")
-            self._consume(gmem, smem, tile, warpgroup, results)
+            done = self._each_tile(gmem, lambda tile: self._consume(gmem, products, tile, results))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            pl.when((warpgroup == 0) & (done > 0))(products.wait_for_turn)  # the last one passed
 
         if self.config.producer:
 
-            @pl.when((warpgroup == WARPGROUPS) & (tile.rows > 0))
+            @pl.when(warpgroup == WARPGROUPS)
             def producer() -> None:
                 plgpu.set_max_registers(self.config.registers[1], action="decrease")
-                loader = _Loader(gmem, smem, tile, self.config)
-                loader.first()
-                pl.loop(0, tile.blocks)(loader.refill)
+                done = self._each_tile(gmem, lambda tile: self._produce(_Loader(gmem, smem, tile, self.config)))
+                if self.interpret is not None:
+                    self._see_last_releases(smem, done)
 
-    def _place(self, block: Any) -> tuple[Any, Any]:
-        """Head and tile of a block: a group of heads whose keys and values fit into the L2 together, the longest tiles
-        of all of them first, then the next group."""
+    def _each_tile(self, gmem: _Operands, work: Callable[[_Tile], None]) -> Any:
+        """The tiles of this block of threads: in every other round the last block has the first of them, so that all
+        get as much. Returns the blocks of keys of all."""
+        tiles, block = self.problem.heads * self.tiles, lax.axis_index("block")
+
+        def one(turn: Any, before: Any) -> Any:
+            number = turn * self.blocks + jnp.where(lax.rem(turn, 2) == 0, block, self.blocks - 1 - block)
+            tile = self._tile(gmem, jnp.minimum(number, tiles - 1), before)
+            there = (tile.rows > 0) & (number < tiles)
+            pl.when(there)(lambda: work(tile))
+            return before + jnp.where(there, tile.blocks, 0)
+
+        if self.blocks < tiles:
+            return lax.fori_loop(0, -(-tiles // self.blocks), one, jnp.int32(0))
+        tile = self._tile(gmem, block, 0)
+        pl.when(tile.rows > 0)(lambda: work(tile))
+        return jnp.where(tile.rows > 0, tile.blocks, 0)
+
+    def _produce(self, loader: _Loader) -> None:
+        pl.when(loader.tile.before > 0)(lambda: plgpu.barrier_wait(loader.smem.q_free.at[0]))
+        for warpgroup in range(WARPGROUPS):
+            loader.queries(warpgroup)
+        loader.stream()
+
+    def _place(self, number: Any) -> tuple[Any, Any]:
+        """Head and tile in the order of work: a group of heads whose keys and values fit into the L2 together, the
+        longest tiles of all of them first, then the next group."""
         heads = self.problem.heads
         groups = -(-heads // max(1, min(heads, RESIDENT // ((NOPE + ROPE + VALUES) * self.problem.keys))))
         size = -(-heads // groups)
-        group, rest = lax.div(block, size * self.tiles), lax.rem(block, size * self.tiles)
+        group, rest = lax.div(number, size * self.tiles), lax.rem(number, size * self.tiles)
         width = jnp.minimum(heads - group * size, size) if heads % size else size
         return group * size + lax.rem(rest, width), lax.div(rest, width)
 
-    def _tile(self, gmem: _Operands) -> _Tile:
-        head, index = self._place(lax.axis_index("block"))
+    def _tile(self, gmem: _Operands, number: Any, before: Any) -> _Tile:
+        head, index = self._place(number)
         field = lambda name: gmem.tiles[index, tile_list.FIELDS.index(name)]
         rows, visible, key_count = field("rows"), field("visible"), field("key_count")
         most = jnp.minimum(visible + rows - 1, key_count) if self.problem.causal else key_count
         return _Tile(
-            index, head, field("first_query"), rows, field("first_key"), field("first_column"), visible, key_count,
-            field("sequence"), field("instance"),
-            jnp.maximum(lax.div(most + (KEYS - 1), KEYS), 1),
+            number, index, head, field("first_query"), rows, field("first_key"), field("first_column"), visible,
+            key_count, field("sequence"), field("instance"),
+            jnp.maximum(lax.div(most + (KEYS - 1), KEYS), 1), before,
         )  # fmt: skip
 
-    def _consume(self, gmem: _Operands, smem: _Shared, tile: _Tile, warpgroup: Any, results: _Results) -> None:
-        config = self.config
+    def _consume(self, gmem: _Operands, products: _Products, tile: _Tile, results: _Results) -> None:
+        config, smem, warpgroup = self.config, products.smem, products.warpgroup
         local = warpgroup * ROWS
-        rows = pl.ds(tile.first_query + local, ROWS)
-        for part, where in ((smem.q_nope, pl.ds(0, NOPE)), (smem.q_rope, pl.ds(NOPE, ROPE))):
-            plgpu.copy_gmem_to_smem(
-                gmem.q.at[rows, tile.head, where], part[0].at[warpgroup], smem.q_there.at[warpgroup]
-            )
-        if gmem.state_out is not None:
-            self._load_state(gmem, smem, tile, warpgroup)
-        loads = not config.producer
         loader = _Loader(gmem, smem, tile, config)
-        if loads:
+        if not config.producer:
+            loader.queries(warpgroup)
             pl.when(warpgroup == 0)(loader.first)
+        if self.merges:
+            if config.blocks:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # outputs of the tile before stand there
+            self._load_state(gmem, smem, tile, warpgroup)
         plgpu.barrier_wait(smem.q_there.at[warpgroup])
         exponent = gmem.scales[tile.instance, 0]
         # the largest score is looked for before it is scaled
         pl.when(exponent < 0)(lambda: self._negate_queries(smem, warpgroup))
         exponent = jnp.where(exponent < 0, -exponent, exponent)
-        products = _Products(smem, warpgroup, self.interpret is not None)
-        pl.when(warpgroup == 1)(products.pass_turn)
-        plgpu.barrier_wait(smem.k_there.at[0])
-        s = products.scores(products.start_scores(0), 0)
+        pl.when((warpgroup == 1) & (tile.before == 0))(products.pass_turn)
+        slot = tile.slot(0, config.stages)
+        plgpu.barrier_wait(smem.k_there.at[slot])
+        s = products.scores(products.start_scores(slot), slot)
         state = _Softmax(
             plgpu.layout_cast(jnp.zeros((ROWS, VALUES), jnp.float32), hopper.ACCUMULATOR),
             full_row(-jnp.inf, ROWS), hopper.no_sum(ROWS), full_row(0.0, ROWS),
         )  # fmt: skip
         p, state = self._softmax(tile, exponent, s, state, local, 0)
-        plgpu.barrier_wait(smem.v_there.at[0])
+        plgpu.barrier_wait(smem.v_there.at[slot])
 
         def refill(number: Any) -> None:
             """Beside the products of block ``number``: what both consumers have left since."""
-            if loads:
+            if not config.producer:
                 pl.when(warpgroup == 0)(lambda: loader.refill_k(number - 1))
                 pl.when((warpgroup == 0) & (number > 1))(lambda: loader.refill_v(number - 2))
 
-        def step(masked: bool) -> Callable[[Any, Any], Any]:
-            own = local if masked else None
-            return lambda number, carry: self._step(tile, products, exponent, refill, own, number, carry)
+        def step(tile: _Tile, local: Any = None) -> Callable[[Any, Any], Any]:
+            return lambda number, carry: self._step(tile, products, exponent, refill, local, number, carry)
 
         least = jnp.clip(tile.visible + local, 0, tile.key_count) if self.problem.causal else tile.key_count
         whole = jnp.clip(lax.div(least, KEYS), 1, tile.blocks)
-        carry = lax.fori_loop(1, whole, step(False), (p, state))
-        p, state = lax.fori_loop(whole, tile.blocks, step(True), carry)
-        last = lax.rem(tile.blocks - 1, config.stages)
+        carry = lax.fori_loop(1, whole, step(tile), (p, state))
+        # read again: the scalars of a tile would take registers through the loop
+        again = self._tile(gmem, tile.number, tile.before)
+        p, state = lax.fori_loop(whole, tile.blocks, step(again, local), carry)
+        if config.producer:
+            plgpu.barrier_arrive(smem.q_free.at[0])
+        last = tile.slot(tile.blocks - 1, config.stages)
         state = self._add_values(state, products.weighed(products.start_values(p, last), last))
-        # read again: the scalars of a tile would take registers through the loops
-        self._finish(gmem, smem, self._tile(gmem), state, warpgroup, results)
-        pl.when(warpgroup == 0)(products.wait_for_turn)  # the last one passed
-        if loads and self.interpret is not None:  # which wants every release to be seen
-            pl.when(warpgroup == 0)(lambda: self._see_last_releases(smem, tile))
+        self._finish(gmem, smem, self._tile(gmem, tile.number, 0), state, warpgroup, results)
+        if not config.producer and self.interpret is not None:  # which wants every release to be seen
+            pl.when(warpgroup == 0)(lambda: self._see_refills(smem, tile))
 
     def _negate_queries(self, smem: _Shared, warpgroup: Any) -> None:
         for part in (smem.q_nope, smem.q_rope):
@@ -535,11 +591,21 @@ class _Kernel:
             view[...] = lax.bitcast_convert_type(bits ^ jnp.int8(-128), E4M3)
         plgpu.commit_smem()
 
-    def _see_last_releases(self, smem: _Shared, tile: _Tile) -> None:
+    def _see_refills(self, smem: _Shared, tile: _Tile) -> None:
         slot = lambda number: lax.rem(number, self.config.stages)
         plgpu.barrier_wait(smem.k_free.at[slot(tile.blocks - 1)])
         pl.when(tile.blocks > 1)(lambda: plgpu.barrier_wait(smem.v_free.at[slot(tile.blocks - 2)]))
         plgpu.barrier_wait(smem.v_free.at[slot(tile.blocks - 1)])
+
+    def _see_last_releases(self, smem: _Shared, blocks: Any) -> None:
+        stages = self.config.stages
+
+        @pl.loop(jnp.maximum(blocks - stages, 0), blocks)
+        def see(number: Any) -> None:
+            plgpu.barrier_wait(smem.k_free.at[lax.rem(number, stages)])
+            plgpu.barrier_wait(smem.v_free.at[lax.rem(number, stages)])
+
+        pl.when(blocks > 0)(lambda: plgpu.barrier_wait(smem.q_free.at[0]))
 
     def _visible(self, tile: _Tile, local: Any) -> Any:
         """Keys that each of 64 rows sees, [64]."""
@@ -578,7 +644,7 @@ class _Kernel:
     ) -> tuple[Any, _Softmax]:
         """Scores of block ``number``, values of the block before, probabilities of this one."""
         operand, state = carry
-        slot, before = (lax.rem(n, self.config.stages) for n in (number, number - 1))
+        slot, before = (tile.slot(n, self.config.stages) for n in (number, number - 1))
         plgpu.barrier_wait(products.smem.k_there.at[slot])
         products.wait_for_turn()
         scores, weighed = products.start_scores(slot), products.start_values(operand, before)
@@ -626,6 +692,8 @@ class _Kernel:
         lse = jnp.where(nothing, -jnp.inf, state.top * LN2 + (log_total - LIFT * LN2))
         if self.merges:
             value, lse = self._merged(gmem, smem, tile, warpgroup, value, lse)
+        if self.config.blocks and not self.merges:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # outputs of the tile before stand there
         smem.lse.at[warpgroup][...] = lse
         self._stage(gmem, smem, tile, warpgroup, value)
         plgpu.commit_smem()
@@ -636,7 +704,6 @@ class _Kernel:
             plgpu.copy_smem_to_gmem(source, results.scales.at[tile.head, group, tile.index, mine], commit_group=False)
         self._store_rows(smem, tile, warpgroup, results.out)
         plgpu.commit_smem_to_gmem_group()
-        plgpu.wait_smem_to_gmem(0)
 
     def _merged(
         self, gmem: _Operands, smem: _Shared, tile: _Tile, warpgroup: Any, value: Any, lse: Any

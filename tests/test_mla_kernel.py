@@ -246,6 +246,11 @@ class TestInterpreted:
     def test_other_cuts(self, queries: tuple[int, ...], keys: tuple[int, ...], cut: dict[str, Any]) -> None:
         check(case(queries, keys, heads=1), cut=cut)
 
+    @pytest.mark.parametrize("options", [{}, *slow({"state_dtype": F32, "output_quant": Fp8PerGroup.row_major(64)})])
+    def test_several_tiles_a_block(self, options: dict[str, Any]) -> None:
+        """Blocks that take tiles of several heads and sequences one after the other, among them unused ones."""
+        check(case((140, 0, 33, 1), (140, 5, 300, 0), **options), cut={"blocks": 3})
+
 
 class TestFaults:
     """What is planted is found."""
@@ -305,9 +310,11 @@ def faulty(interpret: Any, fault: str, problem: MlaProblem, arrays: MlaArrays) -
 
 
 class TestConfig:
-    @pytest.mark.parametrize("bad", [{"registers": (248, 40)}, {"registers": (236, 24)}, {"stages": 5}])
+    @pytest.mark.parametrize(
+        "bad", [{"registers": (248, 40)}, {"registers": (236, 24)}, {"stages": 5}, {"producer": False, "blocks": 9}]
+    )
     def test_misfits_are_refused(self, bad: dict[str, Any]) -> None:
-        with pytest.raises(ValueError, match=r"registers|shared memory"):
+        with pytest.raises(ValueError, match=r"registers|shared memory|producer"):
             MlaConfig(**bad)
 
     def test_heuristics(self) -> None:
