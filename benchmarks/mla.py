@@ -30,8 +30,8 @@ def trial(case: Case, folder: Path | None) -> Trial:
     contenders = []
     if precision == "fp8":
         contenders += _ours(shape, causal, inputs)
-    if fa3 := peers.fa3(folder):
-        contenders.append(_fa3("fa3" if precision == "fp8" else "fa3 bf16", fa3, shape, causal, inputs))
+    for name, fa3 in peers.fa3(folder).items():
+        contenders.append(_fa3(name if precision == "fp8" else f"{name} bf16", fa3, shape, causal, inputs))
     q_rows, k_rows = shape["T"] // shape["B"], shape["S"] // shape["B"]
     expected = _expected([x[:n] for x, n in zip(inputs[0], (q_rows, k_rows, k_rows), strict=True)], causal)
     pairs = shape["B"] * (q_rows * k_rows - (q_rows * (q_rows - 1) // 2 if causal else 0))
@@ -82,7 +82,7 @@ def _fa3(name: str, function: Any, shape: dict[str, int], causal: bool, inputs: 
     import torch
 
     tensors = [[peers.to_torch(jax.lax.bitcast_convert_type(x, jnp.uint8)) for x in given] for given in inputs]
-    kind = torch.float8_e4m3fn if name == "fa3" else torch.bfloat16
+    kind = torch.bfloat16 if name.endswith("bf16") else torch.float8_e4m3fn
     tensors = [
         [x.view(kind).reshape(y.shape) for x, y in zip(*pair, strict=True)]
         for pair in zip(tensors, inputs, strict=True)

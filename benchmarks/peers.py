@@ -19,7 +19,8 @@ from typing import Any
 
 VLLM_TRITON_MERGE = "triton_merge_attn_states.py"
 VLLM_LIBRARY = "_C_stable_libtorch.abi3.so"
-FA3_LIBRARY = "_vllm_fa3_C.abi3.so"
+# FlashAttention-3 as its authors release it (the wheel fa3-fwd; there the file is _C.abi3.so), and vLLM's fork of it
+FA3_LIBRARIES = {"fa3": ("fa3_fwd_C.abi3.so", "fa3_fwd"), "fa3 vllm": ("_vllm_fa3_C.abi3.so", "_vllm_fa3_C")}
 FA3_DEFAULTS = {
     "window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "is_rotary_interleaved": True, "num_splits": 1,
     "sm_margin": 0, "cp_world_size": 1, "cp_rank": 0,
@@ -67,34 +68,47 @@ def _merges(folder: Path | None) -> dict[str, Callable[..., None]]:
     return found
 
 
-def fa3(folder: Path | None) -> Callable[..., Any] | None:
-    """FlashAttention-3 of vLLM's build as f(q, k, v, out, causal, cu_q, cu_k, longest_q, longest_k), packed rows."""
+def fa3(folder: Path | None) -> dict[str, Callable[..., Any]]:
+    """FlashAttention-3 by name as f(q, k, v, out, causal, cu_q, cu_k, longest) on packed rows, ``longest`` of q and k.
+
+    The release adds all products in the tensor cores' own sum; vLLM's fork adds e4m3 ones in float32 block by block.
+    """
     with _loading:
         return _fa3(folder)
 
 
 @functools.cache
-def _fa3(folder: Path | None) -> Callable[..., Any] | None:
-    file = folder and find(folder, FA3_LIBRARY)
-    if not file:
-        return None
+def _fa3(folder: Path | None) -> dict[str, Callable[..., Any]]:
+    found: dict[str, Callable[..., Any]] = {}
+    for name, (library, namespace) in FA3_LIBRARIES.items():
+        if folder is not None and (file := find(folder, library)):
+            import torch
+
+            torch.ops.load_library(str(file))
+            found[name] = functools.partial(_fa3_forward, getattr(torch.ops, namespace).fwd)
+    return found
+
+
+def _fa3_forward(
+    operator: Any, q: Any, k: Any, v: Any, out: Any, causal: bool, cu_q: Any, cu_k: Any, longest: tuple[int, int]
+) -> Any:
+    given = {
+        "q": q, "k": k, "v": v, "out": out, "softmax_scale": q.shape[-1] ** -0.5, "is_causal": causal,
+        "cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": longest[0], "max_seqlen_k": longest[1],
+    }  # fmt: skip
+    if q.element_size() == 1:
+        one = _ones(len(cu_q) - 1, k.shape[-2])
+        given |= {"q_descale": one, "k_descale": one, "v_descale": one}
+    operator(*_by_schema(operator, FA3_DEFAULTS | given))
+    return out
+
+
+@functools.cache
+def _ones(*shape: int) -> Any:
+    """Made once: a call would be charged for it."""
     import torch
 
-    torch.ops.load_library(str(file))
-    operator = torch.ops._vllm_fa3_C.fwd
-
-    def run(q: Any, k: Any, v: Any, out: Any, causal: bool, cu_q: Any, cu_k: Any, longest: tuple[int, int]) -> Any:
-        given = {
-            "q": q, "k": k, "v": v, "out": out, "softmax_scale": q.shape[-1] ** -0.5, "is_causal": causal,
-            "cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": longest[0], "max_seqlen_k": longest[1],
-        }  # fmt: skip
-        if q.dtype == torch.float8_e4m3fn:
-            one = torch.ones(len(cu_q) - 1, k.shape[-2], device=q.device)
-            given |= {"q_descale": one, "k_descale": one, "v_descale": one}
-        operator(*_by_schema(operator, FA3_DEFAULTS | given))
-        return out
-
-    return run
+    return torch.ones(*shape, device="cuda")
 
 
 def _by_schema(operator: Any, given: dict[str, Any]) -> list[Any]:
