@@ -111,8 +111,8 @@ class _Kernel:
             first = jax.ops.segment_min(minima, owner, num_segments=self.problem.sequences)
             return out, first
         first_nan = jnp.full((self.problem.sequences, heads, VALUES), NEVER, jnp.int32)
-        states = varying_like((given, blocks), (lax.empty(values.shape, values.dtype), first_nan))
-        return pl.run_state(lambda refs: self._kernel([], *given, *refs))(states)
+        states = lax.empty(values.shape, values.dtype), first_nan
+        return varying_like((v, v_scale, blocks), pl.run_state(lambda refs: self._kernel([], *given, *refs))(states))
 
     def _kernel(self, out_type: list[Any], *operands: Any) -> Any:
         options = {} if self.interpret is None else {"interpret": self.interpret}

@@ -1,4 +1,4 @@
-"""The transposition of V for mla_prefill on Hopper, bit for bit: the kernel interpreted, and what a lane does emulated."""
+"""V transposed for mla_prefill on Hopper, bit for bit: the kernel interpreted, and what a lane does emulated."""
 
 import contextlib
 import dataclasses
@@ -314,16 +314,22 @@ def test_faulty_configuration(groups: int) -> None:
         PrepareConfig(groups=groups)
 
 
-def test_under_jit_and_without_a_kernel_in_the_way() -> None:
-    """Shapes alone: every type of values traces for a GPU."""
-    for dtype in (E4M3, BF16, F16, F32):
-        case = Case((200,), dtype=dtype)
-        of = jax.ShapeDtypeStruct
-        problem = case.problem()
-        out, first = jax.eval_shape(
-            lambda v, scale, start, length, problem=problem: mla_prepare_sm90.prepare_values(
-                problem, v, scale, tile_list.key_blocks(start, length, problem.keys, ALIGN)
-            ),
-            of((problem.keys, 2, 128), dtype), of((1,), F32), of((1,), np.int32), of((1,), np.int32),
-        )  # fmt: skip
-        assert out.shape == (2, 128, (-(-problem.keys // 128) + 1) * 128) and first.shape == (1, 2, 128)
+@pytest.mark.parametrize("dtype", [E4M3, BF16, F16, F32], ids=str)
+def test_lowers_for_a_gpu(dtype: np.dtype) -> None:
+    """The form that is not interpreted, heads divided between devices too."""
+    keys, heads, of = 200, 4, jax.ShapeDtypeStruct
+
+    def prepare(v: Any, scale: Any, start: Any, length: Any) -> Any:
+        problem = Case((keys,), v.shape[1], dtype, before=0, behind=0).problem()
+        return mla_prepare_sm90.prepare_values(problem, v, scale, tile_list.key_blocks(start, length, keys, ALIGN))
+
+    shapes = of((keys, heads, 128), dtype), of((1,), F32), of((1,), np.int32), of((1,), np.int32)
+    functions = [prepare]
+    if jax.device_count() > 1:
+        mesh, spec = jax.sharding.Mesh(jax.devices()[:2], "x"), jax.sharding.PartitionSpec
+        of_heads = spec(None, "x"), spec(), spec(), spec()
+        functions.append(jax.shard_map(prepare, mesh=mesh, in_specs=of_heads, out_specs=(spec("x"), spec(None, "x"))))
+    for function in functions:
+        traced = jax.jit(function).trace(*shapes)
+        assert [x.shape for x in traced.out_info] == [(heads, 128, 3 * ALIGN), (1, heads, 128)]
+        assert "fp8attn_mla_prepare_sm90" in traced.lower(lowering_platforms=("cuda",)).as_text()
