@@ -54,6 +54,12 @@ def default_config(problem: MlaProblem) -> PrepareConfig:
     return PrepareConfig()
 
 
+def supports(problem: MlaProblem) -> tuple[str, ...]:
+    size = problem.heads * VALUES * KEYS * (-(-problem.keys // KEYS) + problem.sequences)
+    # the compiler keeps places in the result in 32 bits, without a sign
+    return (f"V would take {size} bytes, 2^32 are too many",) if size >= 1 << 32 else ()
+
+
 def prepare_values(
     problem: MlaProblem,
     v: jax.Array,

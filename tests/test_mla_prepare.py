@@ -314,6 +314,12 @@ def test_faulty_configuration(groups: int) -> None:
         PrepareConfig(groups=groups)
 
 
+def test_size() -> None:
+    problem = lambda keys: Case((keys,), 128).problem()
+    assert mla_prepare_sm90.supports(problem(1 << 17)) == ()
+    assert "2^32" in mla_prepare_sm90.supports(problem(1 << 18))[0]
+
+
 @pytest.mark.parametrize("dtype", [E4M3, BF16, F16, F32], ids=str)
 def test_lowers_for_a_gpu(dtype: np.dtype) -> None:
     """The form that is not interpreted, heads divided between devices too."""
