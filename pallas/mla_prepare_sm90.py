@@ -1,14 +1,18 @@
-"""V as ``mla_prefill`` on Hopper reads it: e4m3, transposed, keys in KEY_ORDER, in one pass at the speed of memory.
+"""Operands as ``mla_prefill`` on Hopper reads them, each in one pass at the speed of memory.
 
-A block transposes 128 keys of one sequence and some heads. A lane holds 8 values of 16 keys, which it transposes in its
-own registers: rows of v come through shared memory, columns leave as 16 keys a store, side by side in neighbouring
-lanes. NaN becomes 0; the first key with NaN is noted by an atomic minimum, which only a lane that has met NaN issues.
+``cast`` is for q and k: XLA's own cast to e4m3 takes tens of instructions an element, the GPU has one for two.
+
+``prepare_values`` is for V: e4m3, transposed, keys in KEY_ORDER. A block transposes 128 keys of one sequence and some
+heads. A lane holds 8 values of 16 keys, which it transposes in its own registers: rows of v come through shared memory,
+columns leave as 16 keys a store, side by side in neighbouring lanes. NaN becomes 0; the first key with NaN is noted by
+an atomic minimum, which only a lane that has met NaN issues.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,10 +30,13 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref, scf, vector
 
 from jax_fp8attn.problems import MlaProblem
-from jax_fp8attn.quantize import E4M3
+from jax_fp8attn.quantize import E4M3, to_stored
 
 KEYS, VALUES = 128, 128  # of a tile
 OWN = 8  # values of a lane
+VECTOR = 8  # neighbouring elements of a lane in ``cast``
+PIECE = 128 * VECTOR  # of a warpgroup
+PIECES = 4  # of a block, at most
 NEVER = np.iinfo(np.int32).max
 LANES = 32
 
@@ -72,6 +79,44 @@ def prepare_values(
     the first key of each sequence that holds NaN in a column, or the largest int32)."""
     config = default_config(problem) if config is None else config
     return _Kernel(problem, config, blocks.blocks.shape[0], interpret).call(v, v_scale, blocks)
+
+
+def cast(x: jax.Array, scale: jax.Array, interpret: Any = None) -> jax.Array:
+    """x / scale as e4m3, saturating, each instance with its own scale [instances]; e4m3 as it is."""
+    if x.dtype == E4M3:
+        return x
+    instances = scale.shape[0]
+    if not x.size or x.size % (instances * PIECE):
+        own = scale.reshape(-1, *[1] * x.ndim)
+        return to_stored(x.reshape(instances, -1, *x.shape[1:]), own).reshape(x.shape)
+    pieces = math.gcd(x.size // (instances * PIECE), PIECES)
+    blocks = x.size // (pieces * PIECE)
+    options = {} if interpret is None else {"interpret": interpret}
+
+    def fp8attn_mla_cast_sm90(x: Any, scale: Any, out: Any) -> None:
+        block = lax.axis_index("block")
+        own = scale[lax.div(block, blocks // instances)]
+        layout = plgpu.Layout.WG_STRIDED((PIECE,), VECTOR)
+        loaded = [plgpu.load(x.at[block, n], layout=layout, optimized=False) for n in range(pieces)]
+        for n, piece in enumerate(loaded):
+            store(out.at[block, n], _codes(piece.astype(jnp.float32) / own, interpret))
+
+    shape = (blocks, pieces, PIECE)
+    out = plgpu.kernel(
+        fp8attn_mla_cast_sm90,
+        out_type=jax.ShapeDtypeStruct(shape, E4M3),
+        grid=(blocks,),
+        grid_names=("block",),
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
+        **options,
+    )(x.reshape(shape), scale.astype(jnp.float32))
+    return varying_like((x, scale), out).reshape(x.shape)
+
+
+def _codes(x: Any, interpret: Any) -> Any:
+    """One NaN for all, as on a GPU."""
+    codes = to_e4m3(x, interpret is not None)
+    return codes if interpret is None else jnp.where(jnp.isnan(x), jnp.asarray(jnp.nan, E4M3), codes)
 
 
 class _Tile(NamedTuple):

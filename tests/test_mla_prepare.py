@@ -24,6 +24,7 @@ from jax_fp8attn.testing import assert_bitwise_equal
 
 E4M3, BF16, F16, F32 = (np.dtype(t) for t in (ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16, np.float16, np.float32))
 NAN, INF = np.nan, np.inf
+ODD = 0.2718281  # no quotient by it is a tie between two codes: XLA's division on a CPU is not always exact
 ALIGN = 128
 RAGGED = (0, 1, 7, 128, 129, 300)
 
@@ -117,7 +118,7 @@ class TestInterpreted:
             Case(RAGGED, dtype=F16, heads=1),
             Case(RAGGED, dtype=F32, heads=1),
             Case((0, 0), heads=1),
-            Case((7, 0, 150), dtype=BF16, scales=(0.3, 2.0), heads=1),
+            Case((7, 0, 150), dtype=BF16, scales=(ODD, 2.0), heads=1),
         ],
         ids=lambda c: f"{c.lengths}-{c.heads}-{c.dtype}-{len(c.scales)}",
     )
@@ -201,6 +202,65 @@ class TestFaulty:
         v[3 + 140, 1, 7] = NAN
         wanted = tuple(map(np.asarray, expected(case, v)))
         assert verdict(faulty, fault, case, v, expected=wanted) == result
+
+
+def cast(interpret: Any, x: np.ndarray, scale: np.ndarray, fault: str = "") -> Any:
+    piece = mla_prepare_sm90.PIECE
+    patches = {
+        "": contextlib.nullcontext,
+        "one scale for all": lambda: mock.patch.object(mla_prepare_sm90.lax, "div", lambda a, _: a * 0),
+        "past the end": lambda: mock.patch.object(mla_prepare_sm90.lax, "axis_index", lambda _: piece),
+        "no saturation": lambda: mock.patch.object(mla_prepare_sm90, "_codes", lambda x, _: x.astype(E4M3)),
+    }
+    with patches[fault]():
+        return mla_prepare_sm90.cast(jnp.asarray(x), jnp.asarray(scale), interpret)
+
+
+class TestCast:
+    @staticmethod
+    def values(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        rng = np.random.default_rng(1)
+        x = (rng.standard_normal(shape) * 2.0 ** rng.integers(-14, 13, shape)).astype(dtype)
+        for odd in (INF, -INF, NAN, -NAN, 0.0, -0.0):
+            x[rng.random(shape) < 0.01] = odd
+        return x
+
+    @pytest.mark.parametrize(
+        ("shape", "dtype", "scales", "kernels"),
+        [
+            ((64, 2, 192), BF16, (1.0,), 1),
+            ((64, 64), F32, (ODD,), 1),
+            ((32, 3, 192), F16, (ODD, -2.0), 1),
+            ((32, 1, 64), BF16, (NAN, 0.0), 1),
+            ((5, 3, 192), BF16, (ODD,), 0),
+            ((6, 3, 192), F32, (ODD, 2.0), 0),
+            ((0, 3, 192), BF16, (ODD,), 0),
+            ((64, 1, 192), E4M3, (ODD,), 0),
+        ],
+    )
+    def test_as_xla_casts(
+        self, shape: tuple[int, ...], dtype: np.dtype, scales: tuple[float, ...], kernels: int
+    ) -> None:
+        """Sizes that fill no piece are left to XLA."""
+        x, scale = self.values(shape, dtype), np.asarray(scales, np.float32)
+        rows = np.repeat(scale, shape[0] // len(scales)).reshape(-1, *[1] * (len(shape) - 1))
+        got = run_interpreted(cast, x, scale, kernels=kernels)
+        assert_bitwise_equal(got, np.asarray(to_stored(jnp.asarray(x), rows)))
+
+    @pytest.mark.parametrize(
+        ("fault", "result"),
+        [
+            ("", "clean"),
+            ("one scale for all", "wrong result"),
+            ("past the end", "OutOfBounds"),
+            ("no saturation", "wrong result"),
+        ],
+    )
+    def test_planted_fault(self, fault: str, result: str) -> None:
+        x, scale = self.values((32, 2, 192), BF16), np.asarray([ODD, 2.0], np.float32)
+        rows = np.repeat(scale, 16)[:, None, None]
+        wanted = np.asarray(to_stored(jnp.asarray(x), rows))
+        assert verdict(cast, x, scale, fault, expected=wanted) == result
 
 
 class TestLane:

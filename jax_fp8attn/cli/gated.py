@@ -164,8 +164,8 @@ def _mla(label: str, pair: bool = False, **options: Any) -> Call:
 
 
 def mla_prepare_calls() -> Iterator[Call]:
-    """Every type of values; one and several tiles a block; stores of every width."""
-    from jax_fp8attn.pallas.mla_prepare_sm90 import PrepareConfig
+    """Every type of values; one and several tiles a block; stores of every width; the casts."""
+    from jax_fp8attn.pallas.mla_prepare_sm90 import PrepareConfig, cast
 
     for dtype in (jnp.float8_e4m3fn, BF16, F16, F32):
         yield _mla_prepare(jnp.dtype(dtype).name, dtype)
@@ -174,6 +174,10 @@ def mla_prepare_calls() -> Iterator[Call]:
         yield _mla_prepare(f"heads={heads} groups={groups}", jnp.float8_e4m3fn, config)
         yield _mla_prepare(f"bfloat16 heads={heads} groups={groups}", BF16, config)
     yield _mla_prepare("bfloat16 two instances", BF16, instances=2)
+    of = jax.ShapeDtypeStruct
+    for dtype in (BF16, F16, F32):
+        yield Call(f"cast {jnp.dtype(dtype).name}", cast, (of((512, 4, 192), dtype), of((1,), F32)))
+    yield Call("cast two instances, one piece a block", cast, (of((16, 2, 192), BF16), of((2,), F32)))
 
 
 def _mla_prepare(label: str, dtype: Any, config: Any = None, instances: int = 1) -> Call:
