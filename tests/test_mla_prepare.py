@@ -18,6 +18,7 @@ from jax_fp8attn.pallas.common import tile_list
 from jax_fp8attn.pallas.common.hopper import KEY_ORDER
 from jax_fp8attn.pallas.mla_prepare_sm90 import NEVER, PrepareConfig
 
+from jax_fp8attn import dispatch
 from jax_fp8attn.problems import MlaProblem
 from jax_fp8attn.quantize import to_stored
 from jax_fp8attn.testing import assert_bitwise_equal
@@ -68,11 +69,12 @@ class Case:
         return v
 
 
-def expected(case: Case, v: np.ndarray) -> tuple[Any, Any]:
+def expected(case: Case, v: Any, scales: Any = None) -> tuple[Any, Any]:
     problem = case.problem()
     regions = tile_list.key_regions(*map(jnp.asarray, case.ranges()), problem.keys, ALIGN)
-    scale = np.repeat(np.asarray(case.scales, np.float32), problem.keys // problem.instances)[:, None, None]
-    return tile_list.transposed_values(to_stored(jnp.asarray(v), scale), regions, ALIGN)
+    scales = jnp.asarray(case.scales, jnp.float32) if scales is None else scales
+    rows = jnp.repeat(scales, problem.keys // problem.instances, total_repeat_length=problem.keys)
+    return tile_list.transposed_values(to_stored(jnp.asarray(v), rows[:, None, None]), regions, ALIGN)
 
 
 def prepared(interpret: Any, case: Case, v: np.ndarray, config: PrepareConfig | None = None) -> Any:
@@ -372,6 +374,33 @@ def elements(layout: Any, thread: int) -> list[list[tuple[int, int]]]:
 def test_faulty_configuration(groups: int) -> None:
     with pytest.raises(ValueError, match="groups"):
         PrepareConfig(groups=groups)
+
+
+@pytest.mark.skipif(
+    dispatch._describe(jax.devices()[0]).compute_capability != (9, 0), reason="needs a GPU of compute capability 9.0"
+)
+class TestHardware:
+    """What inline PTX does, bit for bit as XLA on the same GPU, which does not divide as IEEE does."""
+
+    @pytest.mark.sanitize
+    @pytest.mark.parametrize("config", [None, PrepareConfig(2, 2), PrepareConfig(2, 8)], ids=str)
+    @pytest.mark.parametrize("dtype", [E4M3, BF16, F16, F32], ids=str)
+    def test_values(self, dtype: np.dtype, config: PrepareConfig | None) -> None:
+        case = Case(RAGGED, 4, dtype, scales=(1.0,) if dtype == E4M3 else (ODD, 64.0))
+        v = case.values()
+        v[np.random.default_rng(3).random(v.shape) < 0.002] = NAN
+        # XLA multiplies with the inverse of a constant: the scales must be none
+        wanted = jax.jit(expected, static_argnums=0)(case, v, jnp.asarray(case.scales, jnp.float32))
+        for got, own in zip(prepared(None, case, v, config), wanted, strict=True):
+            assert_bitwise_equal(np.asarray(got), np.asarray(own))
+
+    @pytest.mark.parametrize("scale", [1.0, ODD, -3.0, 0.0, 1e-40, INF, NAN])
+    @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+    def test_every_number(self, dtype: np.dtype, scale: float) -> None:
+        x = jnp.asarray(np.arange(1 << 16, dtype=np.uint16).view(dtype).reshape(64, 16, 64))
+        wanted = jax.jit(to_stored)(x, jnp.float32(scale))
+        got = mla_prepare_sm90.cast(x, jnp.full(1, scale, jnp.float32))
+        assert_bitwise_equal(np.asarray(got), np.asarray(wanted))
 
 
 def test_size() -> None:
