@@ -163,8 +163,46 @@ def _mla(label: str, pair: bool = False, **options: Any) -> Call:
     return Call(label, lambda *given: run(jax.tree.unflatten(tree, given)), tuple(leaves))
 
 
+def mla_prepare_calls() -> Iterator[Call]:
+    """Every type of values; one and several tiles a block; stores of every width; the casts."""
+    from jax_fp8attn.pallas.mla_prepare_sm90 import PrepareConfig, cast
+
+    for dtype in (jnp.float8_e4m3fn, BF16, F16, F32):
+        yield _mla_prepare(jnp.dtype(dtype).name, dtype)
+    for heads, groups in ((2, 2), (2, 4), (2, 8)):
+        config = PrepareConfig(heads, groups)
+        yield _mla_prepare(f"heads={heads} groups={groups}", jnp.float8_e4m3fn, config)
+        yield _mla_prepare(f"bfloat16 heads={heads} groups={groups}", BF16, config)
+    yield _mla_prepare("bfloat16 two instances", BF16, instances=2)
+    of = jax.ShapeDtypeStruct
+    for dtype in (BF16, F16, F32):
+        yield Call(f"cast {jnp.dtype(dtype).name}", cast, (of((512, 4, 192), dtype), of((1,), F32)))
+    yield Call("cast two instances, one piece a block", cast, (of((16, 2, 192), BF16), of((2,), F32)))
+
+
+def _mla_prepare(label: str, dtype: Any, config: Any = None, instances: int = 1) -> Call:
+    from jax_fp8attn.pallas import mla_prepare_sm90 as kernel
+    from jax_fp8attn.pallas.common import tile_list
+    from jax_fp8attn.problems import MlaProblem
+
+    fp8, keys, heads, sequences = jnp.dtype(jnp.float8_e4m3fn), 512, 4, 2
+    problem = MlaProblem(
+        tokens=keys, keys=keys, sequences=sequences, heads=heads, q_dtype=fp8, k_dtype=fp8, v_dtype=jnp.dtype(dtype),
+        out_dtype=jnp.dtype(BF16), instances=instances,
+    )  # fmt: skip
+
+    def prepare(v: Any, scale: Any, start: Any, length: Any) -> Any:
+        blocks = tile_list.key_blocks(start, length, keys, kernel.KEYS)
+        return kernel.prepare_values(problem, v, scale, blocks, config)
+
+    of = jax.ShapeDtypeStruct
+    ranges = of((sequences,), jnp.int32)
+    return Call(label, prepare, (of((keys, heads, 128), dtype), of((instances,), F32), ranges, ranges))
+
+
 GATED: dict[str, tuple[Callable[[], Iterator[Call]], Budget]] = {
     "merge_attn_states": (merge_calls, Budget(registers=128, shared_memory=1024)),
+    "mla_prepare": (mla_prepare_calls, Budget(registers=168, shared_memory=131072)),
     "mla_prefill": (mla_calls, Budget(registers=255, shared_memory=232448)),
 }
 """Op: its calls and what each of its kernels may use."""

@@ -38,6 +38,31 @@ def key_regions(k_start: jax.Array, k_length: jax.Array, keys: int, align: int) 
     return Regions(first.astype(jnp.int32), jnp.where(inside, k_start[sequence] + local, -1), local, sequence)
 
 
+class KeyBlocks(NamedTuple):
+    """The same regions by blocks of ``align`` columns."""
+
+    first: jax.Array  # int32 [B], multiples of the alignment
+    blocks: jax.Array  # int32 [columns / align, BLOCK_FIELDS]
+
+
+BLOCK_FIELDS = ("first_key", "keys", "local", "owner")
+"""``keys`` of the sequence are in the block, possibly 0; ``local`` is the first one's number in the sequence."""
+
+
+def key_blocks(k_start: jax.Array, k_length: jax.Array, keys: int, align: int) -> KeyBlocks:
+    """What ``key_regions`` says of each column, once for a block of them."""
+    sequences = k_start.shape[0]
+    count = -(-k_length // align)
+    last = jnp.cumsum(count)
+    block = jnp.arange(-(-keys // align) + sequences, dtype=jnp.int32)
+    owner = jnp.minimum((last <= block[:, None]).sum(axis=1), sequences - 1).astype(jnp.int32)
+    local = (block - (last - count)[owner]) * align
+    inside = jnp.clip(k_length[owner] - local, 0, align)
+    first_key = jnp.where(inside > 0, k_start[owner] + local, 0)
+    table = jnp.stack([x.astype(jnp.int32) for x in (first_key, inside, local, owner)], axis=1)
+    return KeyBlocks(((last - count) * align).astype(jnp.int32), table)
+
+
 def transposed_values(v: jax.Array, regions: Regions, align: int) -> tuple[jax.Array, jax.Array]:
     """(v [S, H, 128] as [H, 128, columns] with 0 for padding and for NaN; int32 [B, H, 128]: the first key of each
     sequence that holds NaN in a column, or the largest int32)."""
