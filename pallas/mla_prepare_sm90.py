@@ -116,7 +116,9 @@ def cast(x: jax.Array, scale: jax.Array, interpret: Any = None) -> jax.Array:
 def _codes(x: Any, interpret: Any) -> Any:
     """One NaN for all, as on a GPU."""
     codes = to_e4m3(x, interpret is not None)
-    return codes if interpret is None else jnp.where(jnp.isnan(x), jnp.asarray(jnp.nan, E4M3), codes)
+    if interpret is None:
+        return codes
+    return jnp.where(jnp.isnan(x), lax.bitcast_convert_type(jnp.uint8(0x7F), E4M3), codes)
 
 
 class _Tile(NamedTuple):
