@@ -172,7 +172,7 @@ def test_canary_is_built_for_a_gpu(tool, monkeypatch):
     monkeypatch.setattr(
         canary,
         "_kernel",
-        lambda body: lambda x: lowered.append(build(body).trace(x).lower(lowering_platforms=("cuda",)).as_text()),
+        lambda: lambda x: lowered.append(build().trace(x).lower(lowering_platforms=("cuda",)).as_text()),
     )
     canary.FAULTS[tool]()
     assert "mosaic_gpu" in lowered[0] and "fp8attn_canary" in lowered[0]
