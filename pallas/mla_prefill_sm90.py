@@ -1,10 +1,16 @@
-"""``mla_prefill`` in FP8 on Hopper: two consumer warpgroups of 64 query rows and a producer, ragged, exact sums.
+"""``mla_prefill`` on Hopper: two consumer warpgroups of 64 query rows and a producer, ragged, in FP8 and in bf16.
 
 A block computes one tile: up to 128 query rows of one sequence and one head, against that sequence's keys in blocks
 counted from its first key, so that a sequence is computed alike wherever it stands in a batch. The consumers take
 turns: the products of one, scores of a block of keys and values of the block before, run while the other one computes
-probabilities. Hopper's FP8 products keep about 13 bits of their sum: each block of keys gets a sum of its own, and the
-blocks are added in float32.
+probabilities.
+
+FP8: Hopper's products keep about 13 bits of their sum: each block of keys gets a sum of its own, and the blocks are added
+in float32. V comes transposed and without NaN, with a list of where they were.
+
+bf16: products add to float32 sums. V comes as it is. A key that a row does not see has probability 0, and 0 times NaN
+is NaN: in the blocks that not all rows see the consumers look for NaN and infinities, clear them and note where they
+were. Outputs and earlier states share the memory of the queries.
 """
 
 from __future__ import annotations
@@ -12,13 +18,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax_fp8attn.pallas.common import hopper, tile_list
 from jax_fp8attn.pallas.common.backend import to_e4m3, varying_like
@@ -43,9 +50,41 @@ WARPGROUPS, ROWS = 2, 64  # of consumers, and query rows of each
 NOPE, ROPE, VALUES = 128, 64, 128
 KEYS = 128  # of a block; copies of V^T start at multiples of it
 PIECE = 32  # columns that are masked at once
+NEVER = np.iinfo(np.int32).max
 RESIDENT = 24 << 20  # bytes of keys and values that half of the L2 holds
 TINY = 2.0**-126  # the smallest normal float32: what lies below may have been flushed to zero
 LIFT = 8.0  # probabilities are stored times 2^8: the smallest stay normal numbers of e4m3
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """How operands stand in shared memory, and what follows.
+
+    dtype     of q, k, v, and of probabilities as an operand
+    parts     of a row of q and k: first column and width; one swizzled row each
+    prepared  V comes transposed, and values of a block of keys are a sum of their own; else V comes as it is, and
+              they are added to those of the blocks before
+    lift      probabilities are stored times 2^lift
+    """
+
+    dtype: np.dtype
+    parts: tuple[tuple[int, int], ...]
+    prepared: bool
+
+    @property
+    def size(self) -> int:
+        """Bytes of an element."""
+        return self.dtype.itemsize
+
+    @property
+    def lift(self) -> float:
+        return LIFT if self.prepared else 0.0
+
+
+FP8 = Format(np.dtype(E4M3), ((0, NOPE), (NOPE, ROPE)), True)
+BF16 = Format(np.dtype(jnp.bfloat16), tuple((first, 64) for first in range(0, NOPE + ROPE, 64)), False)
+SLOT = ROWS * 128  # bytes: 64 rows of a part of bf16 queries, or of a piece of the output
+NOTED = 3  # kinds of values that are no numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,15 +96,30 @@ class MlaConfig:
     registers  of a consumer's and of the producer's thread; without a producer both have what the compiler gives
     blocks     that work off all tiles one after the other, the next tile's operands loaded ahead; 0: a block a tile.
                Needs a producer
+    format     of the operands
+    keys       of a block
+    turn       when the other consumer may start its products: when a consumer's own are "issued", when its "scores" are
+               there, or when all are "done"
+    beside     columns of scores whose probabilities a consumer computes beside its own product of values
     """
 
     stages: int = 2
     producer: bool = True
     registers: tuple[int, int] = (240, 24)
     blocks: int = 0
+    format: Format = FP8
+    keys: int = KEYS
+    turn: str = "done"
+    beside: int = 0
 
     def __post_init__(self) -> None:
         consumer, producer = self.registers
+        if self.format.prepared and (self.keys, self.turn, self.beside) != (KEYS, "done", 0):
+            raise ValueError(f"keys, turn and beside are for bf16: {self}")
+        if self.keys % 16 or self.beside % self.piece or not 0 <= self.beside <= self.keys:
+            raise ValueError(f"keys must be a multiple of 16, beside a part of them in pieces of {self.piece}: {self}")
+        if self.turn not in ("issued", "scores", "done"):
+            raise ValueError(f"turn must be issued, scores or done: {self}")
         if not self.producer and self.stages < 2:
             raise ValueError(f"without a producer two stages at least are needed: {self}")
         if self.blocks and not self.producer:
@@ -76,26 +130,33 @@ class MlaConfig:
             raise ValueError(f"{self.shared_memory} bytes of shared memory, a block can have 232448: {self}")
 
     @property
+    def piece(self) -> int:
+        """Columns of scores that are masked at once, and computed at once where not all are."""
+        return PIECE if self.keys % PIECE == 0 else 16
+
+    @property
     def shared_memory(self) -> int:
-        """Bytes of a block, barriers apart."""
-        queries = WARPGROUPS * ROWS * (NOPE + ROPE)
-        outputs = WARPGROUPS * ROWS * (4 * VALUES + 4)
-        return queries + outputs + self.stages * KEYS * (NOPE + ROPE + VALUES)
+        """Bytes of a block, barriers and scales of groups apart; of bf16 with outputs and states of 16 bits."""
+        queries = WARPGROUPS * ROWS * (NOPE + ROPE) * self.format.size
+        outputs = WARPGROUPS * ROWS * (4 * VALUES + 4) if self.format.prepared else WARPGROUPS * ROWS * 4
+        outputs += 0 if self.format.prepared else 4 * NOTED * VALUES
+        return queries + outputs + self.stages * self.keys * (NOPE + ROPE + VALUES) * self.format.size
 
 
 def default_config(problem: MlaProblem) -> MlaConfig:
     """A producer of its own where the assembler keeps setmaxnreg: jax 0.12 assembles through nvJitLink, which drops
     it, and three warpgroups then have 168 registers a thread."""
-    return MlaConfig(producer=jax.__version_info__ < (0, 12))
+    producer = jax.__version_info__ < (0, 12)
+    if problem.compute == "fp8":
+        return MlaConfig(producer=producer)
+    wide = 4 in (problem.state_dtype and problem.state_dtype.itemsize, problem.out_dtype.itemsize)
+    return MlaConfig(producer=producer, format=BF16, keys=112 if wide else 128)
 
 
 def supports(problem: MlaProblem, device: Device) -> tuple[str, ...]:
-    reasons = []
     if device.compute_capability != (9, 0):
-        reasons.append(f"needs compute capability 9.0, the device has {device.compute_capability}")
-    if problem.compute != "fp8":
-        reasons.append(f"computes in FP8 only, not in {problem.compute}")
-    return tuple(reasons)
+        return (f"needs compute capability 9.0, the device has {device.compute_capability}",)
+    return ()
 
 
 def run(problem: MlaProblem, arrays: MlaArrays) -> Any:
@@ -104,6 +165,8 @@ def run(problem: MlaProblem, arrays: MlaArrays) -> Any:
 
 def build(problem: MlaProblem, config: MlaConfig, interpret: Any = None) -> Callable[[MlaArrays], Any]:
     """The op for one problem as a function of its arrays."""
+    if config.format.prepared != (problem.compute == "fp8"):
+        raise ValueError(f"the problem computes in {problem.compute}, not so the configuration: {config}")
     steps = steps_of(problem, config, interpret)
 
     @jax.enable_x64(False)
@@ -128,7 +191,8 @@ def steps_of(problem: MlaProblem, config: MlaConfig, interpret: Any = None) -> S
     def prepare(arrays: MlaArrays) -> tuple[_Operands, tile_list.Work]:
         regions = tile_list.key_regions(arrays.k_start, arrays.k_length, problem.keys, KEYS)
         work = tile_list.query_tiles(problem, arrays, regions, WARPGROUPS * ROWS)
-        return _operands(problem, arrays, regions, work), work
+        operands = _operands if config.format.prepared else _wide_operands
+        return operands(problem, arrays, regions, work), work
 
     def attend(operands: _Operands) -> list[jax.Array]:
         return _Kernel(problem, config, operands.tiles.shape[0], interpret).call(operands)
@@ -165,11 +229,11 @@ def _result(problem: MlaProblem, arrays: MlaArrays, work: tile_list.Work, out: j
 class _Operands(NamedTuple):
     """What the kernel reads."""
 
-    q: jax.Array  # e4m3 [T, H, 192]
-    k: jax.Array  # e4m3 [S, H, 192], or the nope part [S, H, 128]
-    k_rope: jax.Array | None  # e4m3 [S, 64]
-    v: jax.Array  # e4m3 [H, 128, columns], columns in regions that start at multiples of 128; 0 for NaN
-    first_nan: jax.Array  # int32 [B, H, 128]: the first key of a sequence with NaN in a column of its values
+    q: jax.Array  # [T, H, 192]
+    k: jax.Array  # [S, H, 192], or the nope part [S, H, 128]
+    k_rope: jax.Array | None  # [S, 64]
+    v: jax.Array  # [S, H, 128]; e4m3 [H, 128, columns], columns in regions that start at multiples of 128, 0 for NaN
+    first_nan: jax.Array | None  # e4m3: int32 [B, H, 128], the first key of a sequence with NaN in a column of V
     scales: jax.Array  # float32 [instances, 3]: of the exponent in base 2, of the output, of its codes
     tiles: jax.Array  # int32 [tiles, FIELDS]
     state_out: jax.Array | None  # [T, H, 128]
@@ -185,33 +249,56 @@ def _operands(problem: MlaProblem, arrays: MlaArrays, regions: tile_list.Regions
 
     values, first_nan = tile_list.transposed_values(stored(arrays.v, arrays.v_scale), regions, KEYS)
     exponent = arrays.q_scale * arrays.k_scale * arrays.softmax_scale * LOG2E
+    return _Operands(
+        stored(arrays.q, arrays.q_scale), stored(arrays.k, arrays.k_scale), stored(arrays.k_rope, arrays.k_scale),
+        values, first_nan, *_common_operands(problem, arrays, work, exponent, arrays.v_scale),
+    )  # fmt: skip
+
+
+def _wide_operands(
+    problem: MlaProblem, arrays: MlaArrays, regions: tile_list.Regions, work: tile_list.Work
+) -> _Operands:
+    """In bf16: only operands of FP8 have scales."""
+    factor = lambda x, scale: scale if x.dtype == E4M3 else jnp.ones_like(scale)
+    k, k_rope, k_scale = arrays.k, arrays.k_rope, factor(arrays.k, arrays.k_scale)
+    if k_rope is not None and (k.dtype == E4M3) != (k_rope.dtype == E4M3):
+        # one part has a scale and the other has not: both as true values
+        rows = jnp.repeat(arrays.k_scale, problem.keys // problem.instances, total_repeat_length=problem.keys)
+        true = lambda x: x.astype(jnp.float32) * rows.reshape(-1, *[1] * (x.ndim - 1)) if x.dtype == E4M3 else x
+        k, k_rope, k_scale = true(k), true(k_rope), jnp.ones_like(k_scale)
+    stored = lambda x: None if x is None else x.astype(BF16.dtype)
+    exponent = factor(arrays.q, arrays.q_scale) * k_scale * arrays.softmax_scale * LOG2E
+    return _Operands(
+        stored(arrays.q), stored(k), stored(k_rope), stored(arrays.v), None,
+        *_common_operands(problem, arrays, work, exponent, factor(arrays.v, arrays.v_scale)),
+    )  # fmt: skip
+
+
+def _common_operands(
+    problem: MlaProblem, arrays: MlaArrays, work: tile_list.Work, exponent: jax.Array, v_scale: jax.Array
+) -> tuple[Any, ...]:
+    """From ``scales`` on."""
     codes = jnp.ones_like(exponent) if arrays.output_scale is None else 1.0 / arrays.output_scale
     state = problem.state_dtype is not None
-    return _Operands(
-        q=stored(arrays.q, arrays.q_scale),
-        k=stored(arrays.k, arrays.k_scale),
-        k_rope=stored(arrays.k_rope, arrays.k_scale),
-        v=values,
-        first_nan=first_nan,
-        scales=jnp.stack([exponent, arrays.v_scale, codes], axis=1),
-        tiles=work.tiles,
-        state_out=arrays.initial_out if state else None,
-        state_lse=tile_list.tiles_of_rows(arrays.initial_lse, work) if state else None,
+    return (
+        jnp.stack([exponent, v_scale, codes], axis=1),
+        work.tiles,
+        arrays.initial_out if state else None,
+        tile_list.tiles_of_rows(arrays.initial_lse, work) if state else None,
     )
 
 
 class _Shared(NamedTuple):
     """Shared memory and barriers, by role. Of a pair copies write the first view and wgmma reads the second."""
 
-    q_nope: tuple[Any, Any]  # [2, 64, 128]
-    q_rope: tuple[Any, Any]
-    k_nope: tuple[Any, Any]  # [stages, keys, 128]
-    k_rope: tuple[Any, Any]
-    v: Any  # [stages, 128, keys]
-    state: Any  # [2 * pieces, 64, columns], in the same memory as out; None without a state
-    out: Any  # [2 * pieces, 64, columns]
+    q: tuple[tuple[Any, Any], ...]  # a pair [2, 64, width] a part; of bf16 one pair [2 * slots, 64, 64]
+    k: tuple[tuple[Any, Any], ...]  # a pair [stages, keys, width] a part
+    v: tuple[Any, Any]  # [stages, 128, keys]; of bf16 [stages, 2, keys, 64]
+    state: Any  # [2 * slots, 64, columns], in the same memory as out; None without a state
+    out: Any  # [2 * slots, 64, columns]; a slot a piece, of bf16 as many as of q
     lse: Any  # [2, 64]
     scales: Any  # [2 * groups, 64]; None without groups
+    record: Any  # of bf16 int32 [3, 128]: the first key with NaN, +inf, -inf that was cleared in a column
     q_there: Any
     q_free: Any
     state_there: Any
@@ -219,6 +306,16 @@ class _Shared(NamedTuple):
     v_there: Any
     k_free: Any
     v_free: Any
+    cleared: Any  # of bf16
+
+    def queries(self, part: int, warpgroup: Any) -> tuple[Any, Any]:
+        """64 rows of a part."""
+        if len(self.q) > 1:
+            view, index = self.q[part], warpgroup
+        else:
+            view = self.q[0]
+            index = view[0].shape[0] // WARPGROUPS * warpgroup + part
+        return tuple(x.at[index] for x in view)
 
 
 class _Tile(NamedTuple):
@@ -298,25 +395,31 @@ class _Loader(NamedTuple):
 
     def queries(self, warpgroup: Any) -> None:
         smem, rows = self.smem, pl.ds(self.tile.first_query + warpgroup * ROWS, ROWS)
-        for part, where in ((smem.q_nope, pl.ds(0, NOPE)), (smem.q_rope, pl.ds(NOPE, ROPE))):
-            source = self.gmem.q.at[rows, self.tile.head, where]
-            plgpu.copy_gmem_to_smem(source, part[0].at[warpgroup], smem.q_there.at[warpgroup])
+        for part, where in enumerate(self.config.format.parts):
+            source = self.gmem.q.at[rows, self.tile.head, pl.ds(*where)]
+            plgpu.copy_gmem_to_smem(source, smem.queries(part, warpgroup)[0], smem.q_there.at[warpgroup])
 
     def _load_k(self, number: Any, slot: Any) -> None:
         gmem, smem, tile = self.gmem, self.smem, self.tile
-        rows = pl.ds(tile.first_key + number * KEYS, KEYS)
-        if gmem.k_rope is None:
-            nope, rope = gmem.k.at[rows, tile.head, pl.ds(0, NOPE)], gmem.k.at[rows, tile.head, pl.ds(NOPE, ROPE)]
-        else:
-            nope, rope = gmem.k.at[rows, tile.head], gmem.k_rope.at[rows]
-        plgpu.copy_gmem_to_smem(nope, smem.k_nope[0].at[slot], smem.k_there.at[slot])
-        plgpu.copy_gmem_to_smem(rope, smem.k_rope[0].at[slot], smem.k_there.at[slot])
+        rows = pl.ds(tile.first_key + number * self.config.keys, self.config.keys)
+        for (first, width), part in zip(self.config.format.parts, smem.k, strict=True):
+            if gmem.k_rope is None or first + width <= NOPE:
+                source = gmem.k.at[rows, tile.head, pl.ds(first, width)]
+            else:
+                source = gmem.k_rope.at[rows]
+            plgpu.copy_gmem_to_smem(source, part[0].at[slot], smem.k_there.at[slot])
 
     def _load_v(self, number: Any, slot: Any) -> None:
         gmem, smem, tile = self.gmem, self.smem, self.tile
-        first = pl.multiple_of(tile.first_column + number * KEYS, KEYS)
-        columns = pl.ds(first, KEYS)
-        plgpu.copy_gmem_to_smem(gmem.v.at[tile.head, :, columns], smem.v.at[slot], smem.v_there.at[slot])
+        if self.config.format.prepared:
+            first = pl.multiple_of(tile.first_column + number * KEYS, KEYS)
+            columns = pl.ds(first, KEYS)
+            plgpu.copy_gmem_to_smem(gmem.v.at[tile.head, :, columns], smem.v[0].at[slot], smem.v_there.at[slot])
+            return
+        rows = pl.ds(tile.first_key + number * self.config.keys, self.config.keys)
+        for half in range(2):
+            source = gmem.v.at[rows, tile.head, pl.ds(64 * half, 64)]
+            plgpu.copy_gmem_to_smem(source, smem.v[0].at[slot, half], smem.v_there.at[slot])
 
 
 class _Products(NamedTuple):
@@ -327,27 +430,33 @@ class _Products(NamedTuple):
 
     smem: _Shared
     warpgroup: Any
+    config: MlaConfig
     interpreted: bool
 
     def start_scores(self, slot: Any) -> Any:
         """[64, keys]"""
-        smem = self.smem
-        parts = ((smem.q_nope, smem.k_nope, NOPE), (smem.q_rope, smem.k_rope, ROPE))
+        smem, parts = self.smem, self.config.format.parts
+        pairs = [
+            (smem.queries(n, self.warpgroup)[1], smem.k[n][1].at[slot], width * self.config.format.size)
+            for n, (_, width) in enumerate(parts)
+        ]
         if not self.interpreted:
-            pairs = [(q[1].at[self.warpgroup], k[1].at[slot], swizzle) for q, k, swizzle in parts]
-            return hopper.start((ROWS, KEYS), pairs)
-        wide = lambda view, index: view[1][index].astype(jnp.float32)
-        products = [jnp.dot(wide(q, self.warpgroup), wide(k, slot).T) for q, k, _ in parts]
+            return hopper.start((ROWS, self.config.keys), pairs)
+        wide = lambda view: view[...].astype(jnp.float32)
+        products = [jnp.dot(wide(q), wide(k).T) for q, k, _ in pairs]
         plgpu.commit_smem()
-        return products[0] + products[1]
+        return functools.reduce(jnp.add, products)
 
-    def start_values(self, operand: Any, slot: Any) -> Any:
-        """[64, 128]"""
+    def start_values(self, operand: Any, slot: Any, earlier: Any) -> Any:
+        """[64, 128], of bf16 added to the earlier ones."""
+        prepared, values = self.config.format.prepared, self.smem.v[1]
         if not self.interpreted:
-            return hopper.start((ROWS, VALUES), [(operand, self.smem.v.at[slot], KEYS)])
-        product = jnp.dot(operand.astype(jnp.float32), self.smem.v[slot].astype(jnp.float32).T)
+            pairs = [(operand, values.at[slot], 128)]
+            return hopper.start((ROWS, VALUES), pairs, None if prepared else earlier)
+        values = values[slot].T if prepared else jnp.concatenate([values[slot, half] for half in range(2)], axis=1)
+        product = jnp.dot(operand.astype(jnp.float32), values.astype(jnp.float32))
         plgpu.commit_smem()
-        return product
+        return product if prepared else earlier + product
 
     def scores(self, pending: Any, slot: Any, younger: int = 0) -> Any:
         """The result; the keys are free then."""
@@ -355,14 +464,16 @@ class _Products(NamedTuple):
         plgpu.barrier_arrive(self.smem.k_free.at[slot])
         return result
 
-    def weighed(self, pending: Any, slot: Any) -> Any:
-        """The result; the values are free then."""
-        result = self._settled(pending, 0)
+    def weighed(self, pending: Any, slot: Any, held: Sequence[Any] = ()) -> Any:
+        """The result; the values are free then. With ``held`` also these, behind the wait."""
+        result = self._settled(pending, 0, held)
         plgpu.barrier_arrive(self.smem.v_free.at[slot])
         return result
 
-    def _settled(self, pending: Any, younger: int) -> Any:
-        return pending if self.interpreted else hopper.settled(pending, younger)
+    def _settled(self, pending: Any, younger: int, held: Sequence[Any] = ()) -> Any:
+        if self.interpreted:
+            return (pending, list(held)) if held else pending
+        return hopper.settled(pending, younger, held)
 
     def wait_for_turn(self) -> None:
         """The warpgroups' products run one after the other, and each computes probabilities meanwhile. Side by side
@@ -373,6 +484,47 @@ class _Products(NamedTuple):
     def pass_turn(self) -> None:
         if not self.interpreted:
             hopper.pass_turn()
+
+
+class _Cleaner(NamedTuple):
+    """Values that are no numbers, in blocks of keys that not all rows of a tile see. A consumer clears its half of the
+    columns; the blocks' number is at least one, or the consumers meet without one."""
+
+    smem: _Shared
+    warpgroup: Any
+    keys: int
+    interpreted: bool
+
+    def reset(self) -> None:
+        for kind in range(NOTED):
+            mine = self.smem.record.at[kind, pl.ds(self.warpgroup * 64, 64)]
+            mine[...] = plgpu.layout_cast(jnp.full((64,), NEVER, jnp.int32), hopper.ROW)
+        plgpu.commit_smem()
+
+    def clear(self, number: Any, slot: Any) -> None:
+        """In block ``number``, which is there."""
+        values, first = self.smem.v[1].at[slot, self.warpgroup], number * self.keys
+        if self.interpreted:
+            self._clear_plainly(values, first)
+        else:
+            hopper.clear_nonfinite(values, self.smem.record, first, self.warpgroup * 64)
+        self.arrive()
+
+    def arrive(self) -> None:
+        plgpu.barrier_arrive(self.smem.cleared.at[0])
+
+    def wait(self) -> None:
+        """For the other one."""
+        plgpu.barrier_wait(self.smem.cleared.at[0])
+
+    def _clear_plainly(self, values: Any, first: Any) -> None:
+        x = values[...].astype(jnp.float32)
+        key = lax.broadcasted_iota(jnp.int32, x.shape, 0) + first
+        for kind, there in enumerate((jnp.isnan(x), x == jnp.inf, x == -jnp.inf)):
+            mine = self.smem.record.at[kind, pl.ds(self.warpgroup * 64, 64)]
+            mine[...] = jnp.minimum(mine[...], jnp.where(there, key, NEVER).min(axis=0))
+        values[...] = jnp.where(jnp.isfinite(x), x, 0.0).astype(BF16.dtype)
+        plgpu.commit_smem()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -397,6 +549,13 @@ class _Kernel:
         """Blocks of threads."""
         tiles = self.problem.heads * self.tiles
         return min(self.config.blocks or tiles, tiles)
+
+    def slots(self, dtype: Any) -> int:
+        """Places of 64 rows of 128 bytes that a consumer has for values of this type."""
+        if self.config.format.prepared:
+            return self._pieces(dtype)
+        types = [self.out_dtype, *([self.problem.state_dtype] if self.merges else [])]
+        return max(len(BF16.parts), *map(self._pieces, types))
 
     @property
     def out_dtype(self) -> Any:
@@ -431,46 +590,70 @@ class _Kernel:
 
     def _scratch(self) -> list[Any]:
         config, plain = self.config, self.interpret is not None
-        stages = config.stages
-        anywhere = lambda shape, swizzle: hopper.rows_anywhere(shape, E4M3, swizzle, plain)
+        stages, keys, parts, prepared = config.stages, config.keys, config.format.parts, config.format.prepared
+        size, dtype = config.format.size, config.format.dtype
+        anywhere = lambda shape: hopper.rows_anywhere(shape, dtype, min(shape[-1] * size, 128), plain)
         barrier = lambda arrivals, count: plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
-        out = hopper.rows_out(WARPGROUPS, ROWS, VALUES, self.out_dtype, plain)
-        if self.merges:
-            state = hopper.rows_out(WARPGROUPS, ROWS, VALUES, jnp.dtype(self.problem.state_dtype), plain)
-            out = [state, out] if plain else plgpu.RefUnion(state, out)
+        rows_out = lambda kind: hopper.rows_out(WARPGROUPS * self.slots(kind), ROWS, jnp.dtype(kind), plain)
+        out = [*([rows_out(self.problem.state_dtype)] if self.merges else []), rows_out(self.out_dtype)]
+        if prepared:
+            queries = [anywhere((WARPGROUPS, ROWS, width)) for _, width in parts]
+            values = hopper.tiles((stages, VALUES, KEYS), E4M3, KEYS)
+            out = out if plain or not self.merges else [plgpu.RefUnion(*out)]
+        else:
+            queries = [anywhere((WARPGROUPS * self.slots(BF16.dtype), ROWS, 64))]
+            values = anywhere((stages, 2, keys, 64))
+            queries, out = (queries, out) if plain else ([plgpu.RefUnion(*queries[0].refs, *out)], [])
         return [
-            anywhere((WARPGROUPS, ROWS, NOPE), 128),
-            anywhere((WARPGROUPS, ROWS, ROPE), 64),
-            anywhere((stages, KEYS, NOPE), 128),
-            anywhere((stages, KEYS, ROPE), 64),
-            hopper.tiles((stages, VALUES, KEYS), E4M3, KEYS),
-            out,
+            *queries,
+            *(anywhere((stages, keys, width)) for _, width in parts),
+            values,
+            *out,
             plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
             *([plgpu.SMEM((WARPGROUPS * self.groups, ROWS), jnp.float32)] if self.groups else []),
-            barrier(2, WARPGROUPS),
+            *([] if prepared else [plgpu.SMEM((NOTED, VALUES), jnp.int32)]),
+            barrier(len(parts), WARPGROUPS),
             barrier(WARPGROUPS, 1),
             *([barrier(self._pieces(self.problem.state_dtype), WARPGROUPS)] if self.merges else []),
-            barrier(2, stages),
-            barrier(1, stages),
+            barrier(len(parts), stages),
+            barrier(1 if prepared else 2, stages),
             barrier(WARPGROUPS, stages),
             barrier(WARPGROUPS, stages),
+            *([] if prepared else [barrier(WARPGROUPS, 1)]),
         ]
+
+    def _shared(self, given: Iterator[Any]) -> _Shared:
+        """By role what ``_scratch`` lists."""
+        plain, parts, prepared = self.interpret is not None, self.config.format.parts, self.config.format.prepared
+        count = len(parts) if prepared else 1
+        held = [next(given) for _ in range(count)]
+        if prepared or plain:
+            queries, rest = [hopper.views(x, plain) for x in held], []
+        else:
+            queries, rest = [held[0][:2]], held[0][2:]
+        keys = [hopper.views(next(given), plain) for _ in parts]
+        values = next(given)
+        values = (values, values) if prepared else hopper.views(values, plain)
+        if not rest:
+            last = [next(given) for _ in range(2 if self.merges and plain else 1)]
+            rest = last[0] if self.merges and not plain else last
+        state, out = rest if self.merges else (None, *rest)
+        fields = dict(q=tuple(queries), k=tuple(keys), v=values, state=state, out=out)
+        absent = {"scales": not self.groups, "record": prepared, "state_there": not self.merges, "cleared": prepared}
+        for name in _Shared._fields[len(fields) :]:
+            fields[name] = None if absent.get(name) else next(given)
+        return _Shared(**fields)
 
     def _body(self, *refs: Any) -> None:
         given = iter(refs)
-        present = {"k_rope": self.problem.k_rope_dtype is not None, "state_out": self.merges, "state_lse": self.merges}
+        present = {"k_rope": self.problem.k_rope_dtype is not None, "first_nan": self.config.format.prepared}
+        present |= {"state_out": self.merges, "state_lse": self.merges}
         gmem = _Operands(*(next(given) if present.get(name, True) else None for name in _Operands._fields))
         out, lse = next(given), next(given)
         results = _Results(out, lse, next(given) if self.groups else None)
-        views = [hopper.views(next(given), self.interpret is not None) for _ in range(4)]
-        v, last = next(given), next(given)
-        state, out_smem = last if self.merges else (None, last)
-        smem = _Shared(
-            *views, v, state, out_smem, next(given), next(given) if self.groups else None,
-            next(given), next(given), next(given) if self.merges else None, *given,
-        )  # fmt: skip
+        smem = self._shared(given)
         warpgroup = lax.axis_index("warpgroup")
-        products = _Products(smem, warpgroup, self.interpret is not None)
+        products = _Products(smem, warpgroup, self.config, self.interpret is not None)
 
         @pl.when(warpgroup < WARPGROUPS)
         def consumer() -> None:
@@ -513,11 +696,16 @@ class _Kernel:
             loader.queries(warpgroup)
         loader.stream()
 
+    @property
+    def _bytes_of_keys(self) -> int:
+        """Of a head's keys and values."""
+        return (NOPE + ROPE + VALUES) * self.problem.keys * self.config.format.size
+
     def _place(self, number: Any) -> tuple[Any, Any]:
         """Head and tile in the order of work: a group of heads whose keys and values fit into the L2 together, the
         longest tiles of all of them first, then the next group."""
         heads = self.problem.heads
-        groups = -(-heads // max(1, min(heads, RESIDENT // ((NOPE + ROPE + VALUES) * self.problem.keys))))
+        groups = -(-heads // max(1, min(heads, RESIDENT // self._bytes_of_keys)))
         size = -(-heads // groups)
         group, rest = lax.div(number, size * self.tiles), lax.rem(number, size * self.tiles)
         width = jnp.minimum(heads - group * size, size) if heads % size else size
@@ -531,21 +719,26 @@ class _Kernel:
         return _Tile(
             number, index, head, field("first_query"), rows, field("first_key"), field("first_column"), visible,
             key_count, field("sequence"), field("instance"),
-            jnp.maximum(lax.div(most + (KEYS - 1), KEYS), 1), before,
+            jnp.maximum(lax.div(most + (self.config.keys - 1), self.config.keys), 1), before,
         )  # fmt: skip
 
     def _consume(self, gmem: _Operands, products: _Products, tile: _Tile, results: _Results) -> None:
         config, smem, warpgroup = self.config, products.smem, products.warpgroup
+        prepared = config.format.prepared
         local = warpgroup * ROWS
         loader = _Loader(gmem, smem, tile, config)
         if not config.producer:
             loader.queries(warpgroup)
             pl.when(warpgroup == 0)(loader.first)
-        if self.merges:
+        if self.merges and prepared:
             if config.blocks:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # outputs of the tile before stand there
             self._load_state(gmem, smem, tile, warpgroup)
         plgpu.barrier_wait(smem.q_there.at[warpgroup])
+        cleaner = None if prepared else _Cleaner(smem, warpgroup, config.keys, self.interpret is not None)
+        if cleaner:
+            cleaner.reset()
+            pl.when(self._whole(tile, 0) == tile.blocks)(cleaner.arrive)
         exponent = gmem.scales[tile.instance, 0]
         # the largest score is looked for before it is scaled
         pl.when(exponent < 0)(lambda: self._negate_queries(smem, warpgroup))
@@ -560,6 +753,12 @@ class _Kernel:
         )  # fmt: skip
         p, state = self._softmax(tile, exponent, s, state, local, 0)
         plgpu.barrier_wait(smem.v_there.at[slot])
+        if cleaner:
+
+            @pl.when(self._whole(tile, 0) == 0)
+            def clear() -> None:
+                cleaner.clear(0, slot)
+                cleaner.wait()
 
         def refill(number: Any) -> None:
             """Beside the products of block ``number``: what both consumers have left since."""
@@ -568,27 +767,50 @@ class _Kernel:
                 pl.when((warpgroup == 0) & (number > 1))(lambda: loader.refill_v(number - 2))
 
         def step(tile: _Tile, local: Any = None) -> Callable[[Any, Any], Any]:
-            return lambda number, carry: self._step(tile, products, exponent, refill, local, number, carry)
+            own = None if local is None else cleaner
+            return lambda number, carry: self._step(tile, products, exponent, refill, own, local, number, carry)
 
-        least = jnp.clip(tile.visible + local, 0, tile.key_count) if self.problem.causal else tile.key_count
-        whole = jnp.clip(lax.div(least, KEYS), 1, tile.blocks)
+        whole = jnp.maximum(self._whole(tile, local if prepared else 0), 1)
         carry = lax.fori_loop(1, whole, step(tile), (p, state))
         # read again: the scalars of a tile would take registers through the loop
         again = self._tile(gmem, tile.number, tile.before)
         p, state = lax.fori_loop(whole, tile.blocks, step(again, local), carry)
-        if config.producer:
-            plgpu.barrier_arrive(smem.q_free.at[0])
-        last = tile.slot(tile.blocks - 1, config.stages)
-        state = self._add_values(state, products.weighed(products.start_values(p, last), last))
-        self._finish(gmem, smem, self._tile(gmem, tile.number, 0), state, warpgroup, results)
+        self._end(gmem, products, cleaner, tile, p, state, results)
         if not config.producer and self.interpret is not None:  # which wants every release to be seen
             pl.when(warpgroup == 0)(lambda: self._see_refills(smem, tile))
 
+    def _end(
+        self, gmem: _Operands, products: _Products, cleaner: _Cleaner | None, tile: _Tile, p: Any, state: _Softmax,
+        results: _Results,
+    ) -> None:  # fmt: skip
+        """The last values, and what becomes of all."""
+        smem, warpgroup, leaves = products.smem, products.warpgroup, self.config.producer
+        if cleaner is None:
+            if leaves:
+                plgpu.barrier_arrive(smem.q_free.at[0])
+        elif self.merges:
+            plgpu.commit_smem()  # no warp reads the queries
+            self._load_state(gmem, smem, tile, warpgroup)
+        last = tile.slot(tile.blocks - 1, self.config.stages)
+        state = self._add_values(state, products.weighed(products.start_values(p, last, state.out), last))
+        if cleaner:
+            pl.when(self._whole(tile, 0) == tile.blocks)(cleaner.wait)
+        self._finish(gmem, smem, self._tile(gmem, tile.number, 0), state, warpgroup, results)
+        if cleaner and leaves:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.barrier_arrive(smem.q_free.at[0])
+
+    def _whole(self, tile: _Tile, first_row: Any) -> Any:
+        """Blocks of keys that this row and all behind it see."""
+        least = jnp.clip(tile.visible + first_row, 0, tile.key_count) if self.problem.causal else tile.key_count
+        return jnp.minimum(lax.div(least, self.config.keys), tile.blocks)
+
     def _negate_queries(self, smem: _Shared, warpgroup: Any) -> None:
-        for part in (smem.q_nope, smem.q_rope):
-            view = part[1].at[warpgroup]
-            bits = lax.bitcast_convert_type(view[...], jnp.int8)
-            view[...] = lax.bitcast_convert_type(bits ^ jnp.int8(-128), E4M3)
+        kind = {1: jnp.int8, 2: jnp.int16}[self.config.format.size]
+        for part in range(len(self.config.format.parts)):
+            view = smem.queries(part, warpgroup)[1]
+            bits = lax.bitcast_convert_type(view[...], kind)
+            view[...] = lax.bitcast_convert_type(bits ^ kind(jnp.iinfo(kind).min), self.config.format.dtype)
         plgpu.commit_smem()
 
     def _see_refills(self, smem: _Shared, tile: _Tile) -> None:
@@ -615,50 +837,90 @@ class _Kernel:
         return jnp.minimum(row, tile.key_count)
 
     def _softmax(
-        self, tile: _Tile, exponent: Any, s: Any, state: _Softmax, local: Any, number: Any
+        self, tile: _Tile, exponent: Any, s: Any, state: _Softmax, local: Any, number: Any, weighed: Any = None
     ) -> tuple[Any, _Softmax]:
         """Lifted probabilities of a block of scores as an operand. ``local``: the first row in the tile; None: every
-        key is seen."""
-        pieces = [s] if local is None else self._masked(tile, exponent, s, local, number)
+        key is seen. ``weighed``: waits for values, which are multiplied beside the first ``config.beside`` columns."""
+        config, lift = self.config, self.config.format.lift
+        pieces = self._split(s) if local is None else self._masked(tile, exponent, s, local, number)
         factor = exponent if local is None else 1.0
         top = jnp.maximum(state.top, row_max(pieces) * factor)
         anchor = top if local is None else jnp.where(top == -jnp.inf, 0.0, top)
         shrink = jnp.exp2(state.top - anchor)
-        pieces = [jnp.exp2(piece * factor - spread(anchor - LIFT, piece)) for piece in pieces]
+        probability = lambda piece: jnp.exp2(piece * factor - spread(anchor - lift, piece))
+        if weighed is None:
+            pieces = [probability(piece) for piece in pieces]
+        else:
+            early = config.beside // pieces[0].shape[1]
+            out, pieces = weighed([*map(probability, pieces[:early]), *pieces[early:]])
+            state = self._add_values(state, out)
+            pieces = [*pieces[:early], *map(probability, pieces[early:])]
         total = state.total * spread(shrink, state.total) + hopper.partial_sum(pieces)
-        operand = hopper.as_operand(pieces, self.interpret is not None)
-        return operand, state._replace(top=top, total=total, shrink=shrink)
+        operand = hopper.as_operand(pieces, config.format.dtype, self.interpret is not None)
+        state = state._replace(top=top, total=total, shrink=shrink)
+        return operand, state if config.format.prepared else self._shrunk(state)
+
+    def _split(self, s: Any) -> list[Any]:
+        keys, piece = self.config.keys, self.config.piece
+        if keys & (keys - 1) == 0 and self.config.beside in (0, keys):
+            return [s]
+        return [s[:, first : first + piece] for first in range(0, keys, piece)]
 
     def _masked(self, tile: _Tile, exponent: Any, s: Any, local: Any, number: Any) -> list[Any]:
         """Scaled scores, -inf where a key is not seen, in pieces that share the registers of their column numbers."""
-        column = plgpu.broadcasted_iota(jnp.int32, (ROWS, PIECE), 1, layout=hopper.ACCUMULATOR)
-        visible = self._visible(tile, local) - number * KEYS
+        keys, width = self.config.keys, self.config.piece
+        column = plgpu.broadcasted_iota(jnp.int32, (ROWS, width), 1, layout=hopper.ACCUMULATOR)
+        visible = self._visible(tile, local) - number * keys
         pieces = []
-        for first in range(0, KEYS, PIECE):
-            piece = s[:, first : first + PIECE]
+        for first in range(0, keys, width):
+            piece = s[:, first : first + width]
             pieces.append(jnp.where(column < spread(visible - first, piece), piece * exponent, -jnp.inf))
         return pieces
 
     def _step(
-        self, tile: _Tile, products: _Products, exponent: Any, refill: Any, local: Any, number: Any, carry: Any
-    ) -> tuple[Any, _Softmax]:
+        self, tile: _Tile, products: _Products, exponent: Any, refill: Any, cleaner: _Cleaner | None, local: Any,
+        number: Any, carry: Any,
+    ) -> tuple[Any, _Softmax]:  # fmt: skip
         """Scores of block ``number``, values of the block before, probabilities of this one."""
         operand, state = carry
+        smem, turn = products.smem, self.config.turn
         slot, before = (tile.slot(n, self.config.stages) for n in (number, number - 1))
-        plgpu.barrier_wait(products.smem.k_there.at[slot])
+        plgpu.barrier_wait(smem.k_there.at[slot])
         products.wait_for_turn()
-        scores, weighed = products.start_scores(slot), products.start_values(operand, before)
+        scores, pending = products.start_scores(slot), products.start_values(operand, before, state.out)
+        if turn == "issued":
+            products.pass_turn()
         refill(number)
+        if cleaner:
+            plgpu.barrier_wait(smem.v_there.at[slot])
+            cleaner.clear(number, slot)
         scores = products.scores(scores, slot, younger=1)
-        weighed = products.weighed(weighed, before)
-        products.pass_turn()
-        operand, state = self._softmax(tile, exponent, scores, self._add_values(state, weighed), local, number)
-        plgpu.barrier_wait(products.smem.v_there.at[slot])
+        if turn == "scores":
+            products.pass_turn()
+
+        def weighed(held: Sequence[Any] = ()) -> Any:
+            result = products.weighed(pending, before, held)
+            if turn == "done":
+                products.pass_turn()
+            return result
+
+        if not self.config.beside:
+            state, weighed = self._add_values(state, weighed()), None
+        operand, state = self._softmax(tile, exponent, scores, state, local, number, weighed)
+        if cleaner:
+            cleaner.wait()
+        else:
+            plgpu.barrier_wait(smem.v_there.at[slot])
         return operand, state
 
-    @staticmethod
-    def _add_values(state: _Softmax, weighed: Any) -> _Softmax:
+    def _add_values(self, state: _Softmax, weighed: Any) -> _Softmax:
+        if not self.config.format.prepared:
+            return state._replace(out=weighed)
         return state._replace(out=state.out * spread(state.shrink, weighed) + weighed)
+
+    @staticmethod
+    def _shrunk(state: _Softmax) -> _Softmax:
+        return state._replace(out=state.out * spread(state.shrink, state.out))
 
     @staticmethod
     def _pieces(dtype: Any) -> int:
@@ -670,7 +932,7 @@ class _Kernel:
         rows, columns = pl.ds(tile.first_query + warpgroup * ROWS, ROWS), VALUES // pieces
         for piece in range(pieces):
             source = gmem.state_out.at[rows, tile.head, pl.ds(piece * columns, columns)]
-            target = smem.state.at[pieces * warpgroup + piece]
+            target = smem.state.at[self.slots(self.problem.state_dtype) * warpgroup + piece]
             plgpu.copy_gmem_to_smem(source, target, smem.state_there.at[warpgroup])
 
     def _finish(
@@ -682,17 +944,15 @@ class _Kernel:
         v_scale = gmem.scales[tile.instance, 1]
         weight = jnp.where(nothing, 0.0, v_scale / jnp.where(nothing, 1.0, total))
         value = state.out * spread(weight, state.out)
-        first_nan = plgpu.load(
-            gmem.first_nan.at[tile.sequence, tile.head], layout=hopper.ACCUMULATOR.reduce(0), optimized=False
-        )
         visible = jnp.maximum(self._visible(tile, warpgroup * ROWS), 0)
-        seen = lax.broadcast_in_dim(first_nan, value.shape, [1]) < spread(visible, value)
-        value = jnp.where(seen, jnp.nan, value)
+        value = self._with_nonfinite(gmem, smem, tile, visible, value)
         log_total = jnp.log(jnp.where(nothing, 1.0, total))
-        lse = jnp.where(nothing, -jnp.inf, state.top * LN2 + (log_total - LIFT * LN2))
+        lse = jnp.where(nothing, -jnp.inf, state.top * LN2 + (log_total - self.config.format.lift * LN2))
         if self.merges:
             value, lse = self._merged(gmem, smem, tile, warpgroup, value, lse)
-        if self.config.blocks and not self.merges:
+        if not self.config.format.prepared:
+            plgpu.commit_smem()  # no warp reads the queries
+        elif self.config.blocks and not self.merges:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # outputs of the tile before stand there
         smem.lse.at[warpgroup][...] = lse
         self._stage(gmem, smem, tile, warpgroup, value)
@@ -705,13 +965,26 @@ class _Kernel:
         self._store_rows(smem, tile, warpgroup, results.out)
         plgpu.commit_smem_to_gmem_group()
 
+    def _with_nonfinite(self, gmem: _Operands, smem: _Shared, tile: _Tile, visible: Any, value: Any) -> Any:
+        """Values that are no numbers and were left out, for the rows that see their keys."""
+        layout = hopper.ACCUMULATOR.reduce(0)
+        seen = lambda first: lax.broadcast_in_dim(first, value.shape, [1]) < spread(visible, value)
+        if self.config.format.prepared:
+            first = plgpu.load(gmem.first_nan.at[tile.sequence, tile.head], layout=layout, optimized=False)
+            return jnp.where(seen(first), jnp.nan, value)
+        for kind, special in enumerate((jnp.nan, jnp.inf, -jnp.inf)):
+            first = plgpu.load(smem.record.at[kind], layout=layout, optimized=False)
+            value = jnp.where(seen(first), value + special, value)
+        return value
+
     def _merged(
         self, gmem: _Operands, smem: _Shared, tile: _Tile, warpgroup: Any, value: Any, lse: Any
     ) -> tuple[Any, Any]:
         """With the state over other keys. A side without weight contributes nothing, whatever it holds."""
         pieces = self._pieces(self.problem.state_dtype)
         plgpu.barrier_wait(smem.state_there.at[warpgroup])
-        parts = [smem.state.at[pieces * warpgroup + n][...] for n in range(pieces)]
+        first = self.slots(self.problem.state_dtype) * warpgroup
+        parts = [smem.state.at[first + n][...] for n in range(pieces)]
         earlier = hopper.join([part.astype(jnp.float32) for part in parts], self.interpret is not None)
         mine = pl.ds(warpgroup * ROWS, ROWS)
         other = plgpu.load(gmem.state_lse.at[tile.head, tile.index, mine], layout=hopper.ROW, optimized=False)
@@ -743,7 +1016,7 @@ class _Kernel:
         pieces = self._pieces(self.out_dtype)
         columns = VALUES // pieces
         for piece in range(pieces):
-            smem.out.at[pieces * warpgroup + piece][...] = value[:, piece * columns : (piece + 1) * columns]
+            smem.out.at[self.slots(self.out_dtype) * warpgroup + piece][...] = value[:, piece * columns : (piece + 1) * columns]
 
     def _store_rows(self, smem: _Shared, tile: _Tile, warpgroup: Any, out: Any) -> None:
         """Copies of 64, 32, ... 1 rows, as many as the count has bits: what lies behind belongs to other tiles."""
@@ -758,7 +1031,7 @@ class _Kernel:
             @pl.when((count & size) != 0)
             def copy(size: int = size, done: Any = done) -> None:
                 for piece in range(pieces):
-                    source = smem.out.at[pieces * warpgroup + piece].at[pl.ds(done, size)]
+                    source = smem.out.at[self.slots(self.out_dtype) * warpgroup + piece].at[pl.ds(done, size)]
                     target = out.at[pl.ds(first + done, size), tile.head, pl.ds(piece * columns, columns)]
                     plgpu.copy_smem_to_gmem(source, target, commit_group=False)
 

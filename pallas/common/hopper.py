@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jax_fp8attn.pallas.common.backend import to_e4m3
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
+from jaxlib.mlir.dialects import arith, llvm, nvvm, scf, vector
 
 from jax_fp8attn.quantize import E4M3
 
@@ -45,10 +45,9 @@ def rows_anywhere(shape: tuple[int, ...], dtype: Any, swizzle: int, interpret: b
     )
 
 
-def rows_out(warpgroups: int, rows: int, width: int, dtype: Any, interpret: bool) -> Any:
-    """Shared memory for [rows, width] of each warpgroup in pieces of 128 bytes a row, copied from any row on."""
-    pieces = width * jnp.dtype(dtype).itemsize // 128
-    shape = (warpgroups * pieces, rows, width // pieces)
+def rows_out(count: int, rows: int, dtype: Any, interpret: bool) -> Any:
+    """Shared memory for ``count`` pieces of rows of 128 bytes, copied from any row on."""
+    shape = (count, rows, 128 // jnp.dtype(dtype).itemsize)
     return plgpu.SMEM(shape, dtype, transforms=() if interpret else (plgpu.SwizzleTransform(128),))
 
 
@@ -57,9 +56,11 @@ def views(ref: Any, interpret: bool) -> tuple[Any, Any]:
     return (ref, ref) if interpret else tuple(ref)
 
 
-def as_operand(pieces: list[Any], interpret: bool) -> Any:
-    """[64, n] float32 scores, in pieces of columns, as the e4m3 operand in registers of the second product, keys in
-    KEY_ORDER."""
+def as_operand(pieces: list[Any], dtype: Any, interpret: bool) -> Any:
+    """[64, n] float32 scores, in pieces of columns, as the operand in registers of the second product: bf16, or e4m3
+    with keys in KEY_ORDER."""
+    if dtype != E4M3:
+        return join([piece.astype(dtype) for piece in pieces], interpret)
     m, n = pieces[0].shape[0], sum(piece.shape[1] for piece in pieces)
     if interpret:
         p = to_e4m3(jnp.concatenate(pieces, axis=1))
@@ -130,17 +131,23 @@ def full_row(value: float, rows: int) -> Any:
     return plgpu.layout_cast(jnp.full((rows,), value, jnp.float32), ROW)
 
 
-def start(shape: tuple[int, int], pairs: Sequence[tuple[Any, Any, int]]) -> Any:
-    """Starts the sum of products a @ b.T of e4m3 as one group; ``settled`` gives the result.
+def start(shape: tuple[int, int], pairs: Sequence[tuple[Any, Any, int]], onto: Any = None) -> Any:
+    """Starts the sum of products a @ b.T of e4m3 or bf16 as one group; ``settled`` gives the result.
 
-    Each pair: a [64, k] in shared memory or in registers, b [n, k] in shared memory, and the bytes of their swizzle.
-    The first product overwrites: plgpu.wgmma adds to zeros, which the assembler now and then writes one by one.
+    Each pair: a [64, k] in shared memory or in registers, b [n, k] in shared memory, and the bytes of their swizzle; of
+    bf16 b may also stand by columns, as [n / 64, k, 64]. ``onto``: float32 sums that the products are added to. Without
+    them the first product overwrites: plgpu.wgmma adds to zeros, which the assembler now and then writes one by one.
     """
     in_registers = [not hasattr(a, "transforms") for a, _, _ in pairs]
     types, operands = [], []
     for (a, b, swizzle), register in zip(pairs, in_registers, strict=True):
-        types += [plgpu.Layout.WGMMA_8BIT if register else _tiled(swizzle), _tiled(swizzle)]
+        size = jnp.dtype(b.dtype).itemsize
+        types += [(plgpu.Layout.WGMMA_8BIT if size == 1 else ACCUMULATOR) if register else _tiled(swizzle, size)]
+        types += [_tiled(swizzle, size)]
         operands += [a, b]
+    if onto is not None:
+        types.append(ACCUMULATOR)
+        operands.append(onto)
 
     @plgpu.inline_mgpu(
         arg_types=tuple(types), return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=ACCUMULATOR)
@@ -148,11 +155,13 @@ def start(shape: tuple[int, int], pairs: Sequence[tuple[Any, Any, int]]) -> Any:
     def emit(_: Any, *given: Any) -> Any:
         given = [fragmented_array.optimization_barrier(x) if _is_array(x) else x for x in given]
         nvvm.wgmma_fence_aligned()
-        sums: list[ir.Value] | None = None
-        for (_, _, swizzle), a, b in zip(pairs, given[::2], given[1::2], strict=True):
+        sums = None if onto is None else _elements(given[-1])
+        for (_, _, swizzle), a, b in zip(pairs, given[: 2 * len(pairs) : 2], given[1 : 2 * len(pairs) : 2], strict=True):
+            by_column = ir.MemRefType(b.type).rank == 5
             lefts = _operand_words(a) if _is_array(a) else [[x] for x in _descriptors(a, swizzle)]
-            for left, right in zip(lefts, _descriptors(b, swizzle), strict=True):
-                sums = _multiply(shape[1], sums, left, right)
+            rights = _column_descriptors(b) if by_column else _descriptors(b, swizzle)
+            for left, right in zip(lefts, rights, strict=True):
+                sums = _multiply(shape[1], sums, left, right, ir.MemRefType(b.type).element_type, by_column)
         nvvm.wgmma_commit_group_sync_aligned()
         layout = fragmented_array.WGMMA_LAYOUT
         registers = np.empty(layout.registers_shape(shape), dtype=object)
@@ -164,17 +173,21 @@ def start(shape: tuple[int, int], pairs: Sequence[tuple[Any, Any, int]]) -> Any:
     return emit(*operands)
 
 
-def settled(pending: Any, younger: int) -> Any:
-    """Waits until at most so many younger groups of products are unfinished: then ``pending`` is there."""
+def settled(pending: Any, younger: int, held: Sequence[Any] = ()) -> Any:
+    """Waits until at most so many younger groups of products are unfinished: then ``pending`` is there. With ``held``,
+    arrays of a consumer, (pending, held): what uses them comes behind the wait, too."""
+    given = (pending, *held)
+    types = tuple(plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=ACCUMULATOR) for x in given)
 
-    @plgpu.inline_mgpu(
-        arg_types=(ACCUMULATOR,), return_type=plgpu.ShapeDtypeStruct(pending.shape, pending.dtype, layout=ACCUMULATOR)
-    )
-    def emit(_: Any, array: Any) -> Any:
+    @plgpu.inline_mgpu(arg_types=(ACCUMULATOR,) * len(given), return_type=types if held else types[0])
+    def emit(_: Any, *arrays: Any) -> Any:
         nvvm.wgmma_wait_group_sync_aligned(younger)
-        return fragmented_array.optimization_barrier(array)
+        return fragmented_array.optimization_barrier(*arrays)
 
-    return emit(pending)
+    if not held:
+        return emit(pending)
+    first, *rest = emit(*given)
+    return first, rest
 
 
 def wait_for_turn() -> None:
@@ -199,9 +212,88 @@ def _turn(instruction: str, other: int) -> None:
     emit()
 
 
-def _tiled(swizzle: int) -> Any:
-    """The transforms of ``tiles`` for types of one byte."""
-    return plgpu.RefType((plgpu.TilingTransform((8, swizzle)), plgpu.SwizzleTransform(swizzle)))
+def clear_nonfinite(values: Any, record: Any, first_key: Any, first_column: Any) -> None:
+    """NaN and infinities in values, bf16 [keys, 64] as ``tiles``, become 0; the first key with NaN, +inf and -inf in a
+    column is noted in ``record``, int32 [3, columns]. ``first_key`` is that of the first row.
+
+    A thread looks at 8 columns of every 16th key; one that has found something takes the long way.
+    """
+    keys, scalar = values.shape[0], plgpu.Layout.WG_SPLAT
+
+    @plgpu.inline_mgpu(arg_types=(_tiled(128, 2), plgpu.RefType(), scalar, scalar))
+    def emit(_: Any, values: Any, record: Any, *scalars: Any) -> None:
+        first_key, first_column = (x.registers.item() for x in scalars)
+        thread = arith.remui(utils.thread_idx(), _word(128))
+        row = arith.shrui(thread, _word(3))
+        chunk = arith.xori(arith.andi(thread, _word(7)), arith.andi(row, _word(7)))
+        column = arith.addi(first_column, arith.muli(chunk, _word(8)))
+        i32 = ir.IntegerType.get_signless(32)
+        address = arith.addi(llvm.ptrtoint(i32, utils.memref_ptr(values)), arith.muli(thread, _word(16)))
+        place = arith.addi(llvm.ptrtoint(i32, utils.memref_ptr(record)), arith.muli(column, _word(4)))
+        key = arith.addi(first_key, row)
+        found = None
+        for number in range(keys // 16):
+            for word in _load_words(arith.addi(address, _word(2048 * number))):
+                # an exponent of ones carries into the sign bit of its half
+                mark = arith.addi(arith.andi(word, _word(0x7F807F80)), _word(0x00800080))
+                found = mark if found is None else arith.ori(found, mark)
+        found = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(found, _word(0x80008000)), _word(0))
+        branch = scf.IfOp(found)
+        with ir.InsertionPoint(branch.then_block):
+            loop = scf.ForOp(_word(0), _word(keys // 16), _word(1), [])
+            with ir.InsertionPoint(loop.body):
+                number = loop.induction_variable
+                own = arith.addi(address, arith.muli(number, _word(2048)))
+                _clear_words(own, place, arith.addi(key, arith.muli(number, _word(16))), record)
+                scf.yield_([])
+            _side_effect("fence.proxy.async.shared::cta;", [], "")
+            scf.yield_([])
+
+    emit(values, record, first_key, first_column)
+
+
+def _clear_words(address: Any, place: Any, key: Any, record: Any) -> None:
+    """Of 8 columns of one key; ``place``: where the first column's key with NaN is noted."""
+    row = 4 * ir.MemRefType(record.type).shape[1]
+    less = lambda a, b: arith.cmpi(arith.CmpIPredicate.ult, a, b)
+    cleared = []
+    for number, word in enumerate(_load_words(address)):
+        for half in range(2):
+            magnitude = arith.andi(arith.shrui(word, _word(16 * half)), _word(0x7FFF))
+            sign = arith.andi(arith.shrui(word, _word(16 * half + 15)), _word(1))
+            kind = arith.select(less(_word(0x7F80), magnitude), _word(0), arith.addi(sign, _word(1)))
+            where = arith.addi(place, arith.addi(arith.muli(kind, _word(row)), _word(8 * number + 4 * half)))
+            finite = less(magnitude, _word(0x7F80))
+            noted = arith.select(finite, _word(0x7FFFFFFF), key)
+            _side_effect("red.shared.min.s32 [$0], $1;", [where, noted], "r,r,~{memory}")
+            word = arith.select(finite, word, arith.andi(word, _word(0xFFFF0000 >> (16 * half))))
+        cleared.append(word)
+    _side_effect("st.shared.v4.b32 [$0], {$1,$2,$3,$4};", [address, *cleared], "r,r,r,r,r,~{memory}")
+
+
+def _load_words(address: Any) -> list[Any]:
+    """Four of shared memory."""
+    i32 = ir.IntegerType.get_signless(32)
+    words = llvm.inline_asm(
+        llvm.StructType.get_literal([i32] * 4), [address], "ld.shared.v4.b32 {$0,$1,$2,$3}, [$4];",
+        "=r,=r,=r,=r,r,~{memory}", asm_dialect=0, has_side_effects=True,
+    )  # fmt: skip
+    return [llvm.extractvalue(i32, words, [number]) for number in range(4)]
+
+
+def _side_effect(text: str, given: list[Any], constraints: str) -> None:
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), given, text, constraints, asm_dialect=0, has_side_effects=True)
+
+
+def _word(value: int) -> Any:
+    """An int32 of these 32 bits."""
+    i32 = ir.IntegerType.get_signless(32)
+    return arith.constant(i32, ir.IntegerAttr.get(i32, value - (1 << 32) if value >> 31 else value))
+
+
+def _tiled(swizzle: int, size: int) -> Any:
+    """The transforms of ``tiles`` for types of ``size`` bytes."""
+    return plgpu.RefType((plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)))
 
 
 def _is_array(x: Any) -> bool:
@@ -210,35 +302,65 @@ def _is_array(x: Any) -> bool:
 
 def _descriptors(ref: Any, swizzle: int) -> list[ir.Value]:
     """Of a matrix in tiles of eight rows of ``swizzle`` bytes: what wgmma takes for every 32 bytes of a row."""
-    i64 = ir.IntegerType.get_signless(64)
+    shape, strides = ir.MemRefType(ref.type).shape, _byte_strides(ref)
+    first = _descriptor(ref, (strides[0] >> 4) << 32 | {128: 1, 64: 2}[swizzle] << 62)
+    offsets = [strides[1] * tile + 32 * step for tile in range(shape[1]) for step in range(swizzle // 32)]
+    return _advanced(first, offsets)
+
+
+def _column_descriptors(ref: Any) -> list[ir.Value]:
+    """Of a bf16 matrix [n / 64, k, 64] in tiles of eight rows of 128 bytes: what wgmma takes for every 16 rows."""
+    shape, strides = ir.MemRefType(ref.type).shape, _byte_strides(ref)
+    first = _descriptor(ref, (strides[0] >> 4) << 16 | (strides[1] >> 4) << 32 | 1 << 62)
+    return _advanced(first, [strides[1] * tile for tile in range(0, shape[1], 2)])
+
+
+def _byte_strides(ref: Any) -> list[int]:
     kind = ir.MemRefType(ref.type)
     strides, _ = kind.get_strides_and_offset()
+    return [stride * utils.bytewidth(kind.element_type) for stride in strides]
+
+
+def _descriptor(ref: Any, facts: int) -> ir.Value:
+    i64 = ir.IntegerType.get_signless(64)
     address = llvm.ptrtoint(i64, utils.memref_ptr(ref))
     address = arith.andi(arith.shrui(address, utils.c(4, i64)), utils.c(0x3FFF, i64))
-    facts = (strides[0] >> 4) << 32 | {128: 1, 64: 2}[swizzle] << 62
-    first = arith.ori(address, utils.c(facts - (1 << 64) if facts >> 63 else facts, i64))
-    offsets = [strides[1] * tile + 32 * step for tile in range(kind.shape[1]) for step in range(swizzle // 32)]
+    return arith.ori(address, utils.c(facts - (1 << 64) if facts >> 63 else facts, i64))
+
+
+def _advanced(first: ir.Value, offsets: list[int]) -> list[ir.Value]:
+    i64 = ir.IntegerType.get_signless(64)
     return [arith.addi(first, utils.c(offset >> 4, i64)) if offset else first for offset in offsets]
 
 
+def _elements(x: Any) -> list[ir.Value]:
+    return [vector.extract(pair, [], ir.DenseI64ArrayAttr.get([n])) for pair in x.registers.flat for n in (0, 1)]
+
+
 def _operand_words(a: Any) -> list[list[ir.Value]]:
-    """The registers of an operand, for every 32 columns."""
+    """The registers of an operand, for every 32 bytes of a row."""
     i32 = ir.IntegerType.get_signless(32)
     word, first = ir.VectorType.get((1,), i32), ir.DenseI64ArrayAttr.get([0])
-    parts = [a[:, column : column + 32].registers for column in range(0, a.shape[1], 32)]
+    width = 32 // utils.bytewidth(a.mlir_dtype)
+    parts = [a[:, column : column + width].registers for column in range(0, a.shape[1], width)]
     return [[vector.extract(vector.bitcast(word, x), [], first) for x in part.flat] for part in parts]
 
 
-def _multiply(n: int, sums: list[ir.Value] | None, left: list[ir.Value], right: ir.Value) -> list[ir.Value]:
-    """One wgmma of 64 x n x 32, onto ``sums`` if they are given."""
+def _multiply(
+    n: int, sums: list[ir.Value] | None, left: list[ir.Value], right: ir.Value, element: ir.Type, by_column: bool
+) -> list[ir.Value]:
+    """One wgmma of 64 x n x 32 bytes, onto ``sums`` if they are given."""
     f32, count = ir.F32Type.get(), n // 2
     given = [*(sums or []), *left, right]
     names = [f"${number}" for number in range(count + len(given))]
     a, b = names[-1 - len(left) : -1], names[-1]
+    kind, flags = "k32.f32.e4m3.e4m3", "1, 1"
+    if isinstance(element, ir.BF16Type):
+        kind, flags = "k16.f32.bf16.bf16", f"1, 1, {'0, ' if len(left) == 1 else ''}{int(by_column)}"
     text = (
         f"{{ .reg .pred p; setp.ne.b32 p, {int(sums is not None)}, 0; "
-        f"wgmma.mma_async.sync.aligned.m64n{n}k32.f32.e4m3.e4m3 {{{','.join(names[:count])}}}, "
-        f"{a[0] if len(a) == 1 else '{' + ','.join(a) + '}'}, {b}, p, 1, 1; }}"
+        f"wgmma.mma_async.sync.aligned.m64n{n}{kind} {{{','.join(names[:count])}}}, "
+        f"{a[0] if len(a) == 1 else '{' + ','.join(a) + '}'}, {b}, p, {flags}; }}"
     )
     tied = [str(number) for number in range(count)] if sums else []
     constraints = ["=f"] * count + tied + (["l"] if len(left) == 1 else ["r"] * len(left)) + ["l"]
