@@ -27,9 +27,7 @@ def trial(case: Case, folder: Path | None) -> Trial:
     precision, mask = case.variant.split()[:2]
     causal, shape = mask == "causal", case.shape
     inputs = [_inputs(shape, precision, seed) for seed in range(SETS)]
-    contenders = []
-    if precision == "fp8":
-        contenders += _ours(shape, causal, inputs)
+    contenders = _ours(shape, precision, causal, inputs)
     for name, fa3 in peers.fa3(folder).items():
         contenders.append(_fa3(name if precision == "fp8" else f"{name} bf16", fa3, shape, causal, inputs))
     q_rows, k_rows = shape["T"] // shape["B"], shape["S"] // shape["B"]
@@ -52,12 +50,12 @@ def _inputs(shape: dict[str, int], precision: str, seed: int) -> list[jax.Array]
     return [cast(jax.random.normal(key, size, jnp.bfloat16)) for key, size in zip(keys, sizes, strict=True)]
 
 
-def _ours(shape: dict[str, int], causal: bool, inputs: list[list[jax.Array]]) -> list[Contender]:
+def _ours(shape: dict[str, int], precision: str, causal: bool, inputs: list[list[jax.Array]]) -> list[Contender]:
     tokens, keys, sequences = shape["T"], shape["S"], shape["B"]
     dtype = inputs[0][0].dtype
     problem = MlaProblem(
         tokens=tokens, keys=keys, sequences=sequences, heads=shape["H"], q_dtype=dtype, k_dtype=dtype, v_dtype=dtype,
-        out_dtype=jnp.dtype(jnp.bfloat16), causal=causal, return_lse=True,
+        out_dtype=jnp.dtype(jnp.bfloat16), causal=causal, compute=precision, return_lse=True,
     )  # fmt: skip
 
     def ranges(rows: int) -> tuple[jax.Array, jax.Array]:

@@ -5,8 +5,8 @@ counted from its first key, so that a sequence is computed alike wherever it sta
 turns: the products of one, scores of a block of keys and values of the block before, run while the other one computes
 probabilities.
 
-FP8: Hopper's products keep about 13 bits of their sum: each block of keys gets a sum of its own, and the blocks are added
-in float32. V comes transposed and without NaN, with a list of where they were.
+FP8: Hopper's products keep about 13 bits of their sum: each block of keys gets a sum of its own, and the blocks are
+added in float32. V comes transposed and without NaN, with a list of where they were.
 
 bf16: products add to float32 sums. V comes as it is. A key that a row does not see has probability 0, and 0 times NaN
 is NaN: in the blocks that not all rows see the consumers look for NaN and infinities, clear them and note where they
@@ -83,7 +83,6 @@ class Format:
 
 FP8 = Format(np.dtype(E4M3), ((0, NOPE), (NOPE, ROPE)), True)
 BF16 = Format(np.dtype(jnp.bfloat16), tuple((first, 64) for first in range(0, NOPE + ROPE, 64)), False)
-SLOT = ROWS * 128  # bytes: 64 rows of a part of bf16 queries, or of a piece of the output
 NOTED = 3  # kinds of values that are no numbers
 
 
@@ -99,8 +98,10 @@ class MlaConfig:
     format     of the operands
     keys       of a block
     turn       when the other consumer may start its products: when a consumer's own are "issued", when its "scores" are
-               there, or when all are "done"
+               there, or when all are "done", but for the values of the last ``tail`` times 16 keys
+    tail       products that may still run when the turn is passed, for the time that passing takes
     beside     columns of scores whose probabilities a consumer computes beside its own product of values
+    parted     probabilities are kept on their side of the waits for products and of the turn
     """
 
     stages: int = 2
@@ -110,12 +111,16 @@ class MlaConfig:
     format: Format = FP8
     keys: int = KEYS
     turn: str = "done"
+    tail: int = 0
     beside: int = 0
+    parted: bool = False
 
     def __post_init__(self) -> None:
         consumer, producer = self.registers
-        if self.format.prepared and (self.keys, self.turn, self.beside) != (KEYS, "done", 0):
-            raise ValueError(f"keys, turn and beside are for bf16: {self}")
+        if self.format.prepared and (self.keys, self.turn, self.tail, self.beside) != (KEYS, "done", 0, 0):
+            raise ValueError(f"keys, turn, tail and beside are for bf16: {self}")
+        if not 0 <= 16 * self.tail < self.keys:
+            raise ValueError(f"tail must be less than keys / 16: {self}")
         if self.keys % 16 or self.beside % self.piece or not 0 <= self.beside <= self.keys:
             raise ValueError(f"keys must be a multiple of 16, beside a part of them in pieces of {self.piece}: {self}")
         if self.turn not in ("issued", "scores", "done"):
@@ -139,18 +144,21 @@ class MlaConfig:
         """Bytes of a block, barriers and scales of groups apart; of bf16 with outputs and states of 16 bits."""
         queries = WARPGROUPS * ROWS * (NOPE + ROPE) * self.format.size
         outputs = WARPGROUPS * ROWS * (4 * VALUES + 4) if self.format.prepared else WARPGROUPS * ROWS * 4
-        outputs += 0 if self.format.prepared else 4 * NOTED * VALUES
+        outputs += 0 if self.format.prepared else 4 * (NOTED + 1) * VALUES
         return queries + outputs + self.stages * self.keys * (NOPE + ROPE + VALUES) * self.format.size
 
 
 def default_config(problem: MlaProblem) -> MlaConfig:
     """A producer of its own where the assembler keeps setmaxnreg: jax 0.12 assembles through nvJitLink, which drops
-    it, and three warpgroups then have 168 registers a thread."""
+    it, and three warpgroups then have 168 registers a thread. Shorter blocks of keys in bf16 where float32 outputs or
+    states take more memory than the queries."""
     producer = jax.__version_info__ < (0, 12)
     if problem.compute == "fp8":
         return MlaConfig(producer=producer)
-    wide = 4 in (problem.state_dtype and problem.state_dtype.itemsize, problem.out_dtype.itemsize)
-    return MlaConfig(producer=producer, format=BF16, keys=112 if wide else 128)
+    out_dtype = None if problem.output_quant is not None else problem.out_dtype
+    keys = 112 if np.float32 in (problem.state_dtype, out_dtype) else 128
+    # half of the probabilities take about as long as a product of values
+    return MlaConfig(producer=producer, format=BF16, keys=keys, tail=1, beside=64, parted=True)
 
 
 def supports(problem: MlaProblem, device: Device) -> tuple[str, ...]:
@@ -298,7 +306,7 @@ class _Shared(NamedTuple):
     out: Any  # [2 * slots, 64, columns]; a slot a piece, of bf16 as many as of q
     lse: Any  # [2, 64]
     scales: Any  # [2 * groups, 64]; None without groups
-    record: Any  # of bf16 int32 [3, 128]: the first key with NaN, +inf, -inf that was cleared in a column
+    record: Any  # of bf16 int32 [4, 128]: the first key with NaN, +inf, -inf that was cleared in a column; 0: any was
     q_there: Any
     q_free: Any
     state_there: Any
@@ -452,7 +460,7 @@ class _Products(NamedTuple):
         prepared, values = self.config.format.prepared, self.smem.v[1]
         if not self.interpreted:
             pairs = [(operand, values.at[slot], 128)]
-            return hopper.start((ROWS, VALUES), pairs, None if prepared else earlier)
+            return hopper.start((ROWS, VALUES), pairs, None if prepared else earlier, self.config.tail)
         values = values[slot].T if prepared else jnp.concatenate([values[slot, half] for half in range(2)], axis=1)
         product = jnp.dot(operand.astype(jnp.float32), values.astype(jnp.float32))
         plgpu.commit_smem()
@@ -485,6 +493,15 @@ class _Products(NamedTuple):
         if not self.interpreted:
             hopper.pass_turn()
 
+    def wait_for_most(self) -> None:
+        """Of the products of values."""
+        if not self.interpreted:
+            hopper.wait(1)
+
+    def part(self) -> None:
+        if self.config.parted and not self.interpreted:
+            hopper.part()
+
 
 class _Cleaner(NamedTuple):
     """Values that are no numbers, in blocks of keys that not all rows of a tile see. A consumer clears its half of the
@@ -496,8 +513,8 @@ class _Cleaner(NamedTuple):
     interpreted: bool
 
     def reset(self) -> None:
-        for kind in range(NOTED):
-            mine = self.smem.record.at[kind, pl.ds(self.warpgroup * 64, 64)]
+        for row in range(NOTED + 1):
+            mine = self.smem.record.at[row, pl.ds(self.warpgroup * 64, 64)]
             mine[...] = plgpu.layout_cast(jnp.full((64,), NEVER, jnp.int32), hopper.ROW)
         plgpu.commit_smem()
 
@@ -520,9 +537,10 @@ class _Cleaner(NamedTuple):
     def _clear_plainly(self, values: Any, first: Any) -> None:
         x = values[...].astype(jnp.float32)
         key = lax.broadcasted_iota(jnp.int32, x.shape, 0) + first
-        for kind, there in enumerate((jnp.isnan(x), x == jnp.inf, x == -jnp.inf)):
-            mine = self.smem.record.at[kind, pl.ds(self.warpgroup * 64, 64)]
-            mine[...] = jnp.minimum(mine[...], jnp.where(there, key, NEVER).min(axis=0))
+        kinds = [jnp.where(there, key, NEVER) for there in (jnp.isnan(x), x == jnp.inf, x == -jnp.inf)]
+        for row, keys in enumerate((*kinds, jnp.where(jnp.isfinite(x).all(), NEVER, jnp.zeros_like(key)))):
+            mine = self.smem.record.at[row, pl.ds(self.warpgroup * 64, 64)]
+            mine[...] = jnp.minimum(mine[...], keys.min(axis=0))
         values[...] = jnp.where(jnp.isfinite(x), x, 0.0).astype(BF16.dtype)
         plgpu.commit_smem()
 
@@ -611,7 +629,7 @@ class _Kernel:
             *out,
             plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
             *([plgpu.SMEM((WARPGROUPS * self.groups, ROWS), jnp.float32)] if self.groups else []),
-            *([] if prepared else [plgpu.SMEM((NOTED, VALUES), jnp.int32)]),
+            *([] if prepared else [plgpu.SMEM((NOTED + 1, VALUES), jnp.int32)]),
             barrier(len(parts), WARPGROUPS),
             barrier(WARPGROUPS, 1),
             *([barrier(self._pieces(self.problem.state_dtype), WARPGROUPS)] if self.merges else []),
@@ -770,7 +788,7 @@ class _Kernel:
             own = None if local is None else cleaner
             return lambda number, carry: self._step(tile, products, exponent, refill, own, local, number, carry)
 
-        whole = jnp.maximum(self._whole(tile, local if prepared else 0), 1)
+        whole = self._whole(tile, local if prepared else 0, 1)
         carry = lax.fori_loop(1, whole, step(tile), (p, state))
         # read again: the scalars of a tile would take registers through the loop
         again = self._tile(gmem, tile.number, tile.before)
@@ -800,10 +818,10 @@ class _Kernel:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(smem.q_free.at[0])
 
-    def _whole(self, tile: _Tile, first_row: Any) -> Any:
-        """Blocks of keys that this row and all behind it see."""
-        least = jnp.clip(tile.visible + first_row, 0, tile.key_count) if self.problem.causal else tile.key_count
-        return jnp.minimum(lax.div(least, self.config.keys), tile.blocks)
+    def _whole(self, tile: _Tile, first_row: Any, least: int = 0) -> Any:
+        """Blocks of keys that this row and all behind it see, not less than ``least``."""
+        seen = jnp.clip(tile.visible + first_row, 0, tile.key_count) if self.problem.causal else tile.key_count
+        return jnp.clip(lax.div(seen, self.config.keys), least, tile.blocks)
 
     def _negate_queries(self, smem: _Shared, warpgroup: Any) -> None:
         kind = {1: jnp.int8, 2: jnp.int16}[self.config.format.size]
@@ -848,14 +866,18 @@ class _Kernel:
         anchor = top if local is None else jnp.where(top == -jnp.inf, 0.0, top)
         shrink = jnp.exp2(state.top - anchor)
         probability = lambda piece: jnp.exp2(piece * factor - spread(anchor - lift, piece))
-        if weighed is None:
-            pieces = [probability(piece) for piece in pieces]
-        else:
-            early = config.beside // pieces[0].shape[1]
-            out, pieces = weighed([*map(probability, pieces[:early]), *pieces[early:]])
+        early = 0 if weighed is None else config.beside // pieces[0].shape[1]
+        pieces[:early] = map(probability, pieces[:early])
+        total = state.total
+        if early:
+            total = total * spread(shrink, total) + hopper.partial_sum(pieces[:early])
+            out, (total, *pieces) = weighed([total, *pieces])
             state = self._add_values(state, out)
-            pieces = [*pieces[:early], *map(probability, pieces[early:])]
-        total = state.total * spread(shrink, state.total) + hopper.partial_sum(pieces)
+        pieces[early:] = map(probability, pieces[early:])
+        if not early:
+            total = total * spread(shrink, total) + hopper.partial_sum(pieces)
+        elif pieces[early:]:
+            total = total + hopper.partial_sum(pieces[early:])
         operand = hopper.as_operand(pieces, config.format.dtype, self.interpret is not None)
         state = state._replace(top=top, total=total, shrink=shrink)
         return operand, state if config.format.prepared else self._shrunk(state)
@@ -894,14 +916,20 @@ class _Kernel:
         if cleaner:
             plgpu.barrier_wait(smem.v_there.at[slot])
             cleaner.clear(number, slot)
-        scores = products.scores(scores, slot, younger=1)
+        scores = products.scores(scores, slot, younger=2 if self.config.tail else 1)
         if turn == "scores":
             products.pass_turn()
 
         def weighed(held: Sequence[Any] = ()) -> Any:
-            result = products.weighed(pending, before, held)
-            if turn == "done":
+            if held:
+                products.part()
+            if turn == "done" and self.config.tail:
+                products.wait_for_most()
                 products.pass_turn()
+            result = products.weighed(pending, before, held)
+            if turn == "done" and not self.config.tail:
+                products.pass_turn()
+            products.part()
             return result
 
         if not self.config.beside:
@@ -944,8 +972,7 @@ class _Kernel:
         v_scale = gmem.scales[tile.instance, 1]
         weight = jnp.where(nothing, 0.0, v_scale / jnp.where(nothing, 1.0, total))
         value = state.out * spread(weight, state.out)
-        visible = jnp.maximum(self._visible(tile, warpgroup * ROWS), 0)
-        value = self._with_nonfinite(gmem, smem, tile, visible, value)
+        value = self._with_nonfinite(gmem, smem, tile, warpgroup, value)
         log_total = jnp.log(jnp.where(nothing, 1.0, total))
         lse = jnp.where(nothing, -jnp.inf, state.top * LN2 + (log_total - self.config.format.lift * LN2))
         if self.merges:
@@ -965,17 +992,25 @@ class _Kernel:
         self._store_rows(smem, tile, warpgroup, results.out)
         plgpu.commit_smem_to_gmem_group()
 
-    def _with_nonfinite(self, gmem: _Operands, smem: _Shared, tile: _Tile, visible: Any, value: Any) -> Any:
+    def _with_nonfinite(self, gmem: _Operands, smem: _Shared, tile: _Tile, warpgroup: Any, value: Any) -> Any:
         """Values that are no numbers and were left out, for the rows that see their keys."""
-        layout = hopper.ACCUMULATOR.reduce(0)
-        seen = lambda first: lax.broadcast_in_dim(first, value.shape, [1]) < spread(visible, value)
+
+        def first(ref: Any) -> Any:
+            return plgpu.load(ref, layout=hopper.ACCUMULATOR.reduce(0), optimized=False)
+
+        def seen(first: Any, value: Any) -> Any:
+            visible = jnp.maximum(self._visible(tile, warpgroup * ROWS), 0)
+            return lax.broadcast_in_dim(first, value.shape, [1]) < spread(visible, value)
+
+        def with_noted(value: Any) -> Any:
+            for kind, special in enumerate((jnp.nan, jnp.inf, -jnp.inf)):
+                value = jnp.where(seen(first(smem.record.at[kind]), value), value + special, value)
+            return value
+
         if self.config.format.prepared:
-            first = plgpu.load(gmem.first_nan.at[tile.sequence, tile.head], layout=layout, optimized=False)
-            return jnp.where(seen(first), jnp.nan, value)
-        for kind, special in enumerate((jnp.nan, jnp.inf, -jnp.inf)):
-            first = plgpu.load(smem.record.at[kind], layout=layout, optimized=False)
-            value = jnp.where(seen(first), value + special, value)
-        return value
+            return jnp.where(seen(first(gmem.first_nan.at[tile.sequence, tile.head]), value), jnp.nan, value)
+        noted = jnp.minimum(*(smem.record[NOTED, half * 64] for half in range(WARPGROUPS)))
+        return lax.cond(noted == 0, with_noted, lambda value: value, value)
 
     def _merged(
         self, gmem: _Operands, smem: _Shared, tile: _Tile, warpgroup: Any, value: Any, lse: Any
@@ -1016,7 +1051,9 @@ class _Kernel:
         pieces = self._pieces(self.out_dtype)
         columns = VALUES // pieces
         for piece in range(pieces):
-            smem.out.at[self.slots(self.out_dtype) * warpgroup + piece][...] = value[:, piece * columns : (piece + 1) * columns]
+            smem.out.at[self.slots(self.out_dtype) * warpgroup + piece][...] = value[
+                :, piece * columns : (piece + 1) * columns
+            ]
 
     def _store_rows(self, smem: _Shared, tile: _Tile, warpgroup: Any, out: Any) -> None:
         """Copies of 64, 32, ... 1 rows, as many as the count has bits: what lies behind belongs to other tiles."""

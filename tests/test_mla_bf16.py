@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from interpreter import run_interpreted, verdict
 from jax_fp8attn.pallas import mla_prefill_sm90
-from jax_fp8attn.pallas.mla_prefill_sm90 import FP8, MlaConfig
 from jax_fp8attn.pallas.mla_prefill_sm90 import BF16 as FORMAT
+from jax_fp8attn.pallas.mla_prefill_sm90 import FP8, MlaConfig
 from test_mla_kernel import BF16, E4M3, F32, INF, NAN, PER_TENSOR, Case, slow, values_of
 from test_mla_kernel import case as fp8_case
 from test_mla_kernel import make_arrays as standard_arrays
@@ -186,7 +186,7 @@ class TestInterpreted:
             ((140,), (300,), {"keys": 96, "turn": "scores", "beside": 32}),
             *slow(
                 ((140,), (300,), {"keys": 64, "stages": 4, "beside": 64}),
-                ((140,), (300,), {"keys": 112}),
+                ((140,), (300,), {"keys": 80, "beside": 48}),
                 ((9,), (9,), {"producer": False}),
             ),
         ],
@@ -254,7 +254,7 @@ def faulty(interpret: Any, fault: str, problem: MlaProblem, arrays: MlaArrays) -
         "values used before the other half is cleared": [(cleaner, "clear", cleared_early)],
         "values not cleared": [(cleaner, "clear", lambda self, number, slot: self.arrive())],
         "what was cleared is forgotten": [
-            (own, "_with_nonfinite", lambda self, gmem, smem, tile, visible, value: value)
+            (own, "_with_nonfinite", lambda self, gmem, smem, tile, warpgroup, value: value)
         ],
         "mask one key too wide": [(own, "_visible", lambda self, tile, local: visible(self, tile, local) + 1)],
         "earlier sum not rescaled": [(own, "_shrunk", staticmethod(lambda state: state))],
@@ -270,6 +270,7 @@ class TestConfig:
         "bad",
         [
             {"keys": 136},
+            {"tail": 8},
             {"keys": 144},
             {"stages": 3},
             {"beside": 16},
@@ -280,7 +281,7 @@ class TestConfig:
         ],
     )
     def test_misfits_are_refused(self, bad: dict[str, Any]) -> None:
-        with pytest.raises(ValueError, match="keys|shared memory|beside|turn"):
+        with pytest.raises(ValueError, match=r"keys|shared memory|beside|turn|tail"):
             MlaConfig(**{"format": FORMAT, **bad})
 
     def test_the_format_is_the_problem_s(self) -> None:
@@ -290,8 +291,9 @@ class TestConfig:
     def test_heuristics(self) -> None:
         config = mla_prefill_sm90.default_config(case((8,), out_dtype=BF16).problem())
         assert (config.format, config.producer) == (FORMAT, jax.__version_info__ < (0, 12))
-        for wide in ({"out_dtype": F32}, {"state_dtype": F32, "out_dtype": BF16}):
-            assert mla_prefill_sm90.default_config(case((8,), **wide).problem()).keys < config.keys
+        keys = lambda **options: mla_prefill_sm90.default_config(case((8,), **options).problem()).keys
+        assert keys(out_dtype=F32) == keys(out_dtype=BF16, state_dtype=F32) < config.keys
+        assert keys(out_dtype=F32, output_quant=PER_TENSOR) == config.keys
 
     def test_reasons(self) -> None:
         problem = case((8,)).problem()

@@ -121,16 +121,21 @@ def _merge(
 
 
 def mla_calls() -> Iterator[Call]:
-    """Causal and not, both forms of K, every kind of output, states of both widths."""
-    packed, state16, state32 = Fp8PerGroup.deepgemm_sm100(), jnp.dtype(BF16), jnp.dtype(F32)
+    """Causal and not, both forms of K, every kind of output, states of both widths; FP8 and bf16."""
+    packed, row64 = Fp8PerGroup.deepgemm_sm100(), Fp8PerGroup.row_major(64)
+    state16, state32 = jnp.dtype(BF16), jnp.dtype(F32)
     yield _mla("causal")
     yield _mla("full pair", causal=False, pair=True)
     yield _mla("float32 output", out_dtype=jnp.dtype(F32))
     yield _mla("fp8_tensor", output_quant=Fp8PerTensor(None))
     yield _mla("fp8_group128_ue8m0_packed", output_quant=packed)
-    yield _mla("fp8_group64_f32_row", causal=False, output_quant=Fp8PerGroup.row_major(64))
+    yield _mla("fp8_group64_f32_row", causal=False, output_quant=row64)
     yield _mla("bfloat16 state", state_dtype=state16)
     yield _mla("float32 state, packed", causal=False, state_dtype=state32, output_quant=packed)
+    yield _mla("in bf16, causal", compute="bf16")
+    yield _mla("in bf16, full pair", causal=False, pair=True, compute="bf16")
+    yield _mla("in bf16, float32 state, fp8_group64_f32_row", state_dtype=state32, compute="bf16", output_quant=row64)
+    yield _mla("in bf16, bfloat16 state, packed", state_dtype=state16, compute="bf16", output_quant=packed)
 
 
 def _mla(label: str, pair: bool = False, **options: Any) -> Call:
@@ -138,20 +143,21 @@ def _mla(label: str, pair: bool = False, **options: Any) -> Call:
     from jax_fp8attn.pallas import mla_prefill_sm90 as kernel
     from jax_fp8attn.problems import MlaArrays, MlaProblem
 
-    fp8, tokens, heads, sequences = jnp.dtype(jnp.float8_e4m3fn), 512, 2, 2
-    options = {"out_dtype": jnp.dtype(BF16), "return_lse": True, **options}
+    tokens, heads, sequences = 512, 2, 2
+    options = {"out_dtype": jnp.dtype(BF16), "return_lse": True, "compute": "fp8", **options}
+    dtype = jnp.dtype(jnp.float8_e4m3fn if options["compute"] == "fp8" else BF16)
     problem = MlaProblem(
-        tokens=tokens, keys=tokens, sequences=sequences, heads=heads, q_dtype=fp8, k_dtype=fp8, v_dtype=fp8,
-        k_rope_dtype=fp8 if pair else None, **options,
+        tokens=tokens, keys=tokens, sequences=sequences, heads=heads, q_dtype=dtype, k_dtype=dtype, v_dtype=dtype,
+        k_rope_dtype=dtype if pair else None, **options,
     )  # fmt: skip
     of = jax.ShapeDtypeStruct
     one, ranges = of((1,), F32), of((sequences,), jnp.int32)
     state = problem.state_dtype
     arrays = MlaArrays(
-        of((tokens, heads, 192), fp8),
-        of((tokens, heads, 128 if pair else 192), fp8),
-        of((tokens, 64), fp8) if pair else None,
-        of((tokens, heads, 128), fp8),
+        of((tokens, heads, 192), dtype),
+        of((tokens, heads, 128 if pair else 192), dtype),
+        of((tokens, 64), dtype) if pair else None,
+        of((tokens, heads, 128), dtype),
         *[ranges] * 4,
         *[one] * 4,
         None if state is None else of((tokens, heads, 128), state),

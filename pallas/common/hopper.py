@@ -131,8 +131,9 @@ def full_row(value: float, rows: int) -> Any:
     return plgpu.layout_cast(jnp.full((rows,), value, jnp.float32), ROW)
 
 
-def start(shape: tuple[int, int], pairs: Sequence[tuple[Any, Any, int]], onto: Any = None) -> Any:
-    """Starts the sum of products a @ b.T of e4m3 or bf16 as one group; ``settled`` gives the result.
+def start(shape: tuple[int, int], pairs: Sequence[tuple[Any, Any, int]], onto: Any = None, tail: int = 0) -> Any:
+    """Starts the sum of products a @ b.T of e4m3 or bf16 as one group; ``settled`` gives the result. ``tail``: so many
+    instructions at the end are a group of their own.
 
     Each pair: a [64, k] in shared memory or in registers, b [n, k] in shared memory, and the bytes of their swizzle; of
     bf16 b may also stand by columns, as [n / 64, k, 64]. ``onto``: float32 sums that the products are added to. Without
@@ -156,12 +157,19 @@ def start(shape: tuple[int, int], pairs: Sequence[tuple[Any, Any, int]], onto: A
         given = [fragmented_array.optimization_barrier(x) if _is_array(x) else x for x in given]
         nvvm.wgmma_fence_aligned()
         sums = None if onto is None else _elements(given[-1])
-        for (_, _, swizzle), a, b in zip(pairs, given[: 2 * len(pairs) : 2], given[1 : 2 * len(pairs) : 2], strict=True):
+        steps = []
+        for (_, _, swizzle), a, b in zip(
+            pairs, given[: 2 * len(pairs) : 2], given[1 : 2 * len(pairs) : 2], strict=True
+        ):
             by_column = ir.MemRefType(b.type).rank == 5
             lefts = _operand_words(a) if _is_array(a) else [[x] for x in _descriptors(a, swizzle)]
             rights = _column_descriptors(b) if by_column else _descriptors(b, swizzle)
-            for left, right in zip(lefts, rights, strict=True):
-                sums = _multiply(shape[1], sums, left, right, ir.MemRefType(b.type).element_type, by_column)
+            kind = ir.MemRefType(b.type).element_type, by_column
+            steps += [(left, right, *kind) for left, right in zip(lefts, rights, strict=True)]
+        for number, step in enumerate(steps):
+            if tail and number == len(steps) - tail:
+                nvvm.wgmma_commit_group_sync_aligned()
+            sums = _multiply(shape[1], sums, *step)
         nvvm.wgmma_commit_group_sync_aligned()
         layout = fragmented_array.WGMMA_LAYOUT
         registers = np.empty(layout.registers_shape(shape), dtype=object)
@@ -190,6 +198,16 @@ def settled(pending: Any, younger: int, held: Sequence[Any] = ()) -> Any:
     return first, rest
 
 
+def wait(younger: int) -> None:
+    """As ``settled``, of groups whose result is not needed yet."""
+
+    @plgpu.inline_mgpu()
+    def emit(_: Any) -> None:
+        nvvm.wgmma_wait_group_sync_aligned(younger)
+
+    emit()
+
+
 def wait_for_turn() -> None:
     """Two warpgroups take turns: a call returns after the other one's ``pass_turn``, which is called as often."""
     _turn("bar.sync", 0)
@@ -197,6 +215,18 @@ def wait_for_turn() -> None:
 
 def pass_turn() -> None:
     _turn("bar.arrive", 1)
+
+
+def part() -> None:
+    """The assembler moves arithmetic across waits for products and turns, and those across arithmetic, but nothing
+    across a branch: this is one that is never taken."""
+
+    @plgpu.inline_mgpu()
+    def emit(_: Any) -> None:
+        never = ".reg .pred p; .reg .b32 r; mov.u32 r, %smid; setp.eq.u32 p, r, 0xFFFFFFFF;"
+        _side_effect(f"{{ {never} again: @p nanosleep.u32 1; @p bra again; }}", [], "")
+
+    emit()
 
 
 TURN = 8  # and 9: named barriers of the hardware that Mosaic does not use
@@ -214,7 +244,7 @@ def _turn(instruction: str, other: int) -> None:
 
 def clear_nonfinite(values: Any, record: Any, first_key: Any, first_column: Any) -> None:
     """NaN and infinities in values, bf16 [keys, 64] as ``tiles``, become 0; the first key with NaN, +inf and -inf in a
-    column is noted in ``record``, int32 [3, columns]. ``first_key`` is that of the first row.
+    column is noted in ``record``, int32 [4, columns], and 0 in its last row. ``first_key`` is that of the first row.
 
     A thread looks at 8 columns of every 16th key; one that has found something takes the long way.
     """
@@ -226,10 +256,10 @@ def clear_nonfinite(values: Any, record: Any, first_key: Any, first_column: Any)
         thread = arith.remui(utils.thread_idx(), _word(128))
         row = arith.shrui(thread, _word(3))
         chunk = arith.xori(arith.andi(thread, _word(7)), arith.andi(row, _word(7)))
-        column = arith.addi(first_column, arith.muli(chunk, _word(8)))
         i32 = ir.IntegerType.get_signless(32)
         address = arith.addi(llvm.ptrtoint(i32, utils.memref_ptr(values)), arith.muli(thread, _word(16)))
-        place = arith.addi(llvm.ptrtoint(i32, utils.memref_ptr(record)), arith.muli(column, _word(4)))
+        noted = arith.addi(llvm.ptrtoint(i32, utils.memref_ptr(record)), arith.muli(first_column, _word(4)))
+        place, row_bytes = arith.addi(noted, arith.muli(chunk, _word(32))), 4 * ir.MemRefType(record.type).shape[1]
         key = arith.addi(first_key, row)
         found = None
         for number in range(keys // 16):
@@ -244,17 +274,19 @@ def clear_nonfinite(values: Any, record: Any, first_key: Any, first_column: Any)
             with ir.InsertionPoint(loop.body):
                 number = loop.induction_variable
                 own = arith.addi(address, arith.muli(number, _word(2048)))
-                _clear_words(own, place, arith.addi(key, arith.muli(number, _word(16))), record)
+                _clear_words(own, place, arith.addi(key, arith.muli(number, _word(16))), row_bytes)
                 scf.yield_([])
+            _side_effect(
+                "st.shared.b32 [$0], $1;", [arith.addi(noted, _word(3 * row_bytes)), _word(0)], "r,r,~{memory}"
+            )
             _side_effect("fence.proxy.async.shared::cta;", [], "")
             scf.yield_([])
 
     emit(values, record, first_key, first_column)
 
 
-def _clear_words(address: Any, place: Any, key: Any, record: Any) -> None:
-    """Of 8 columns of one key; ``place``: where the first column's key with NaN is noted."""
-    row = 4 * ir.MemRefType(record.type).shape[1]
+def _clear_words(address: Any, place: Any, key: Any, row: int) -> None:
+    """Of 8 columns of one key; ``place``: where the first column's key with NaN is noted, ``row`` bytes before +inf."""
     less = lambda a, b: arith.cmpi(arith.CmpIPredicate.ult, a, b)
     cleared = []
     for number, word in enumerate(_load_words(address)):
