@@ -98,8 +98,8 @@ class MlaConfig:
     format     of the operands
     keys       of a block
     turn       when the other consumer may start its products: when a consumer's own are "issued", when its "scores" are
-               there, or when all are "done", but for the values of the last ``tail`` times 16 keys
-    tail       products that may still run when the turn is passed, for the time that passing takes
+               there, or when all are "done"
+    tail       products of values, each of 32 bytes of keys, that may still run then, for the time that passing takes
     beside     columns of scores whose probabilities a consumer computes beside its own product of values
     parted     probabilities are kept on their side of the waits for products and of the turn
     """
@@ -117,10 +117,10 @@ class MlaConfig:
 
     def __post_init__(self) -> None:
         consumer, producer = self.registers
-        if self.format.prepared and (self.keys, self.turn, self.tail, self.beside) != (KEYS, "done", 0, 0):
-            raise ValueError(f"keys, turn, tail and beside are for bf16: {self}")
-        if not 0 <= 16 * self.tail < self.keys:
-            raise ValueError(f"tail must be less than keys / 16: {self}")
+        if self.format.prepared and self.keys != KEYS:
+            raise ValueError(f"keys of a block are {KEYS} in FP8: {self}")
+        if not 0 <= 32 * self.tail < self.keys * self.format.size:
+            raise ValueError(f"tail must be less than all products of a block: {self}")
         if self.keys % 16 or self.beside % self.piece or not 0 <= self.beside <= self.keys:
             raise ValueError(f"keys must be a multiple of 16, beside a part of them in pieces of {self.piece}: {self}")
         if self.turn not in ("issued", "scores", "done"):

@@ -277,7 +277,7 @@ class TestConfig:
             {"beside": 160},
             {"turn": "late"},
             {"format": FP8, "keys": 96},
-            {"format": FP8, "beside": 32},
+            {"format": FP8, "tail": 4},
         ],
     )
     def test_misfits_are_refused(self, bad: dict[str, Any]) -> None:
