@@ -504,8 +504,8 @@ class _Products(NamedTuple):
 
 
 class _Cleaner(NamedTuple):
-    """Values that are no numbers, in blocks of keys that not all rows of a tile see. A consumer clears its half of the
-    columns; the blocks' number is at least one, or the consumers meet without one."""
+    """Clears and notes values that are no numbers in blocks of keys that not all rows of a tile see, a consumer in its
+    half of the columns. The consumers meet at each of these blocks; once where a tile has none."""
 
     smem: _Shared
     warpgroup: Any

@@ -283,9 +283,9 @@ def faulty(interpret: Any, fault: str, problem: MlaProblem, arrays: MlaArrays) -
         plgpu.barrier_arrive(self.smem.k_free.at[slot])
         return start_scores(self, slot)
 
-    def values_early(self: Any, operand: Any, slot: Any) -> Any:
+    def values_early(self: Any, operand: Any, slot: Any, earlier: Any) -> Any:
         plgpu.barrier_arrive(self.smem.v_free.at[slot])
-        return start_values(self, operand, slot)
+        return start_values(self, operand, slot, earlier)
 
     unreleased = lambda self, pending, slot, younger=0: pending
     patches = {

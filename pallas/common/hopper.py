@@ -335,34 +335,44 @@ def _is_array(x: Any) -> bool:
 def _descriptors(ref: Any, swizzle: int) -> list[ir.Value]:
     """Of a matrix in tiles of eight rows of ``swizzle`` bytes: what wgmma takes for every 32 bytes of a row."""
     shape, strides = ir.MemRefType(ref.type).shape, _byte_strides(ref)
-    first = _descriptor(ref, (strides[0] >> 4) << 32 | {128: 1, 64: 2}[swizzle] << 62)
     offsets = [strides[1] * tile + 32 * step for tile in range(shape[1]) for step in range(swizzle // 32)]
-    return _advanced(first, offsets)
+    facts = (strides[0] >> 4) << 32 | {128: 1, 64: 2}[swizzle] << 62
+    return _wide_descriptors(ref, facts, offsets) if _bytes(ref) == 1 else _word_descriptors(ref, facts, offsets)
 
 
 def _column_descriptors(ref: Any) -> list[ir.Value]:
     """Of a bf16 matrix [n / 64, k, 64] in tiles of eight rows of 128 bytes: what wgmma takes for every 16 rows."""
     shape, strides = ir.MemRefType(ref.type).shape, _byte_strides(ref)
-    first = _descriptor(ref, (strides[0] >> 4) << 16 | (strides[1] >> 4) << 32 | 1 << 62)
-    return _advanced(first, [strides[1] * tile for tile in range(0, shape[1], 2)])
+    facts = (strides[0] >> 4) << 16 | (strides[1] >> 4) << 32 | 1 << 62
+    return _word_descriptors(ref, facts, [strides[1] * tile for tile in range(0, shape[1], 2)])
+
+
+def _bytes(ref: Any) -> int:
+    """Of an element."""
+    return utils.bytewidth(ir.MemRefType(ref.type).element_type)
 
 
 def _byte_strides(ref: Any) -> list[int]:
-    kind = ir.MemRefType(ref.type)
-    strides, _ = kind.get_strides_and_offset()
-    return [stride * utils.bytewidth(kind.element_type) for stride in strides]
+    strides, _ = ir.MemRefType(ref.type).get_strides_and_offset()
+    return [stride * _bytes(ref) for stride in strides]
 
 
-def _descriptor(ref: Any, facts: int) -> ir.Value:
+def _wide_descriptors(ref: Any, facts: int, offsets: list[int]) -> list[ir.Value]:
     i64 = ir.IntegerType.get_signless(64)
     address = llvm.ptrtoint(i64, utils.memref_ptr(ref))
     address = arith.andi(arith.shrui(address, utils.c(4, i64)), utils.c(0x3FFF, i64))
-    return arith.ori(address, utils.c(facts - (1 << 64) if facts >> 63 else facts, i64))
-
-
-def _advanced(first: ir.Value, offsets: list[int]) -> list[ir.Value]:
-    i64 = ir.IntegerType.get_signless(64)
+    first = arith.ori(address, utils.c(facts - (1 << 64) if facts >> 63 else facts, i64))
     return [arith.addi(first, utils.c(offset >> 4, i64)) if offset else first for offset in offsets]
+
+
+def _word_descriptors(ref: Any, facts: int, offsets: list[int]) -> list[ir.Value]:
+    """Only the lower word depends on the address: 32-bit arithmetic, which is less of it."""
+    i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
+    pair = ir.VectorType.get((2,), i32)
+    address = arith.shrui(llvm.ptrtoint(i32, utils.memref_ptr(ref)), _word(4))
+    first = arith.ori(address, _word(facts & 0xFFFFFFFF)) if facts & 0xFFFFFFFF else address
+    lower = [arith.addi(first, _word(offset >> 4)) if offset else first for offset in offsets]
+    return [llvm.bitcast(i64, vector.from_elements(pair, [word, _word(facts >> 32)])) for word in lower]
 
 
 def _elements(x: Any) -> list[ir.Value]:
