@@ -125,8 +125,8 @@ class MlaConfig:
             raise ValueError(f"keys must be a multiple of 16, beside a part of them in pieces of {self.piece}: {self}")
         if self.turn not in ("issued", "scores", "done"):
             raise ValueError(f"turn must be issued, scores or done: {self}")
-        if not self.producer and self.stages < 2:
-            raise ValueError(f"without a producer two stages at least are needed: {self}")
+        if self.stages < 2 and not (self.producer and self.format.prepared):
+            raise ValueError(f"without a producer and in bf16 two stages at least are needed: {self}")
         if self.blocks and not self.producer:
             raise ValueError(f"blocks that take several tiles need a producer: {self}")
         if any(r % 8 for r in self.registers) or 128 * (WARPGROUPS * consumer + producer) > 65536:

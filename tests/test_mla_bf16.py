@@ -273,6 +273,7 @@ class TestConfig:
             {"tail": 8},
             {"keys": 144},
             {"stages": 3},
+            {"stages": 1},
             {"beside": 16},
             {"beside": 160},
             {"turn": "late"},
@@ -281,7 +282,7 @@ class TestConfig:
         ],
     )
     def test_misfits_are_refused(self, bad: dict[str, Any]) -> None:
-        with pytest.raises(ValueError, match=r"keys|shared memory|beside|turn|tail"):
+        with pytest.raises(ValueError, match=r"keys|shared memory|beside|turn|tail|stages"):
             MlaConfig(**{"format": FORMAT, **bad})
 
     def test_the_format_is_the_problem_s(self) -> None:
