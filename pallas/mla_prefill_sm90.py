@@ -1,10 +1,10 @@
 """``mla_prefill`` in FP8 on Hopper: two consumer warpgroups of 64 query rows and a producer, ragged, exact sums.
 
 A block computes one tile: up to 128 query rows of one sequence and one head, against that sequence's keys in blocks
-counted from its first key, so that a sequence is computed alike wherever it stands in a batch. The consumers take
-turns: the products of one, scores of a block of keys and values of the block before, run while the other one computes
-probabilities. Hopper's FP8 products keep about 13 bits of their sum: each block of keys gets a sum of its own, and the
-blocks are added in float32.
+counted from its first key, so that a sequence is computed alike wherever it stands in a batch. A consumer starts the
+scores of a block of keys and the products with the values of the block before together, looks for the largest score
+beside the second, and computes probabilities while the other consumer has the tensor cores. Hopper's FP8 products keep
+about 13 bits of their sum: each block of keys gets a sum of its own, and the blocks are added in float32.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LOG2E, LN2 = math.log2(math.e), math.log(2.0)
 WARPGROUPS, ROWS = 2, 64  # of consumers, and query rows of each
 NOPE, ROPE, VALUES = 128, 64, 128
 KEYS = 128  # of a block; copies of V^T start at multiples of it
-PIECE = 32  # columns that are masked at once
+PIECE = 16  # columns that are masked at once
 RESIDENT = 24 << 20  # bytes of keys and values that half of the L2 holds
 TINY = 2.0**-126  # the smallest normal float32: what lies below may have been flushed to zero
 LIFT = 8.0  # probabilities are stored times 2^8: the smallest stay normal numbers of e4m3
@@ -364,15 +364,9 @@ class _Products(NamedTuple):
     def _settled(self, pending: Any, younger: int) -> Any:
         return pending if self.interpreted else hopper.settled(pending, younger)
 
-    def wait_for_turn(self) -> None:
-        """The warpgroups' products run one after the other, and each computes probabilities meanwhile. Side by side
-        both would wait for their products at the same time."""
+    def end_of_block(self) -> None:
         if not self.interpreted:
-            hopper.wait_for_turn()
-
-    def pass_turn(self) -> None:
-        if not self.interpreted:
-            hopper.pass_turn()
+            hopper.end_of_block()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -476,9 +470,8 @@ class _Kernel:
         def consumer() -> None:
             if self.config.producer:
                 plgpu.set_max_registers(self.config.registers[0], action="increase")
-            done = self._each_tile(gmem, lambda tile: self._consume(gmem, products, tile, results))
+            self._each_tile(gmem, lambda tile: self._consume(gmem, products, tile, results))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            pl.when((warpgroup == 0) & (done > 0))(products.wait_for_turn)  # the last one passed
 
         if self.config.producer:
 
@@ -550,7 +543,6 @@ class _Kernel:
         # the largest score is looked for before it is scaled
         pl.when(exponent < 0)(lambda: self._negate_queries(smem, warpgroup))
         exponent = jnp.where(exponent < 0, -exponent, exponent)
-        pl.when((warpgroup == 1) & (tile.before == 0))(products.pass_turn)
         slot = tile.slot(0, config.stages)
         plgpu.barrier_wait(smem.k_there.at[slot])
         s = products.scores(products.start_scores(slot), slot)
@@ -558,7 +550,7 @@ class _Kernel:
             plgpu.layout_cast(jnp.zeros((ROWS, VALUES), jnp.float32), hopper.ACCUMULATOR),
             full_row(-jnp.inf, ROWS), hopper.no_sum(ROWS), full_row(0.0, ROWS),
         )  # fmt: skip
-        p, state = self._softmax(tile, exponent, s, state, local, 0)
+        p, state = self._probabilities(*self._scaled(tile, exponent, s, state, local, 0), state, local)
         plgpu.barrier_wait(smem.v_there.at[slot])
 
         def refill(number: Any) -> None:
@@ -579,7 +571,7 @@ class _Kernel:
         if config.producer:
             plgpu.barrier_arrive(smem.q_free.at[0])
         last = tile.slot(tile.blocks - 1, config.stages)
-        state = self._add_values(state, products.weighed(products.start_values(p, last), last))
+        state = state._replace(out=self._sum(state, products.weighed(products.start_values(p, last), last)))
         self._finish(gmem, smem, self._tile(gmem, tile.number, 0), state, warpgroup, results)
         if not config.producer and self.interpret is not None:  # which wants every release to be seen
             pl.when(warpgroup == 0)(lambda: self._see_refills(smem, tile))
@@ -614,14 +606,19 @@ class _Kernel:
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=hopper.ROW) + (tile.visible + local)
         return jnp.minimum(row, tile.key_count)
 
-    def _softmax(
+    def _scaled(
         self, tile: _Tile, exponent: Any, s: Any, state: _Softmax, local: Any, number: Any
-    ) -> tuple[Any, _Softmax]:
-        """Lifted probabilities of a block of scores as an operand. ``local``: the first row in the tile; None: every
-        key is seen."""
+    ) -> tuple[list[Any], Any, Any]:
+        """Scores of a block in pieces, their factor, and the maximum with them. With ``local``, the first row in the
+        tile, they are masked and scaled already; without, every key is seen."""
         pieces = [s] if local is None else self._masked(tile, exponent, s, local, number)
         factor = exponent if local is None else 1.0
-        top = jnp.maximum(state.top, row_max(pieces) * factor)
+        return pieces, factor, jnp.maximum(state.top, row_max(pieces) * factor)
+
+    def _probabilities(
+        self, pieces: list[Any], factor: Any, top: Any, state: _Softmax, local: Any
+    ) -> tuple[Any, _Softmax]:
+        """Lifted probabilities as an operand."""
         anchor = top if local is None else jnp.where(top == -jnp.inf, 0.0, top)
         shrink = jnp.exp2(state.top - anchor)
         pieces = [jnp.exp2(piece * factor - spread(anchor - LIFT, piece)) for piece in pieces]
@@ -646,19 +643,19 @@ class _Kernel:
         operand, state = carry
         slot, before = (tile.slot(n, self.config.stages) for n in (number, number - 1))
         plgpu.barrier_wait(products.smem.k_there.at[slot])
-        products.wait_for_turn()
         scores, weighed = products.start_scores(slot), products.start_values(operand, before)
         refill(number)
         scores = products.scores(scores, slot, younger=1)
+        scaled = self._scaled(tile, exponent, scores, state, local, number)
+        if local is None:
+            products.end_of_block()  # the maximum is found beside the products with the values
         weighed = products.weighed(weighed, before)
-        products.pass_turn()
-        operand, state = self._softmax(tile, exponent, scores, self._add_values(state, weighed), local, number)
         plgpu.barrier_wait(products.smem.v_there.at[slot])
-        return operand, state
+        return self._probabilities(*scaled, state._replace(out=self._sum(state, weighed)), local)
 
     @staticmethod
-    def _add_values(state: _Softmax, weighed: Any) -> _Softmax:
-        return state._replace(out=state.out * spread(state.shrink, weighed) + weighed)
+    def _sum(state: _Softmax, weighed: Any) -> Any:
+        return state.out * spread(state.shrink, weighed) + weighed
 
     @staticmethod
     def _pieces(dtype: Any) -> int:
@@ -713,6 +710,7 @@ class _Kernel:
         plgpu.barrier_wait(smem.state_there.at[warpgroup])
         parts = [smem.state.at[pieces * warpgroup + n][...] for n in range(pieces)]
         earlier = hopper.join([part.astype(jnp.float32) for part in parts], self.interpret is not None)
+        plgpu.commit_smem()  # all have read before outputs are written to the same memory
         mine = pl.ds(warpgroup * ROWS, ROWS)
         other = plgpu.load(gmem.state_lse.at[tile.head, tile.index, mine], layout=hopper.ROW, optimized=False)
         top = jnp.maximum(lse, other)

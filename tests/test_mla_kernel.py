@@ -299,9 +299,7 @@ def faulty(interpret: Any, fault: str, problem: MlaProblem, arrays: MlaArrays) -
         "no lift in the lse": [(mla_prefill_sm90, "LIFT", 7.0)],
         "keys in plain order": [(mla_prefill_sm90.tile_list, "KEY_ORDER", tuple(range(16)))],
         "mask one key too wide": [(own, "_visible", lambda self, tile, local: visible(self, tile, local) + 1)],
-        "earlier sum not rescaled": [
-            (own, "_add_values", lambda self, state, weighed: state._replace(out=state.out + weighed))
-        ],
+        "earlier sum not rescaled": [(own, "_sum", lambda self, state, weighed: state.out + weighed)],
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         for patch in patches[fault]:

@@ -177,24 +177,16 @@ def settled(pending: Any, younger: int) -> Any:
     return emit(pending)
 
 
-def wait_for_turn() -> None:
-    """Two warpgroups take turns: a call returns after the other one's ``pass_turn``, which is called as often."""
-    _turn("bar.sync", 0)
+def end_of_block() -> None:
+    """The assembler reorders instructions freely between two branches: this is one that is never taken."""
 
-
-def pass_turn() -> None:
-    _turn("bar.arrive", 1)
-
-
-TURN = 8  # and 9: named barriers of the hardware that Mosaic does not use
-
-
-def _turn(instruction: str, other: int) -> None:
     @plgpu.inline_mgpu()
     def emit(_: Any) -> None:
-        i32 = ir.IntegerType.get_signless(32)
-        mine = arith.xori(utils.warpgroup_idx(sync=False), utils.c(other, i32))
-        utils.inline_ptx(f"{instruction} $0, 256;", arith.addi(mine, utils.c(TURN, i32)), has_side_effects=True)
+        text = (
+            "{ .reg .pred p; .reg .b32 r; mov.u32 r, %ctaid.y; setp.ne.u32 p, r, 0x7fff0001; @p bra ON; "
+            "HERE: nanosleep.u32 1000; bra HERE; ON: }"
+        )
+        utils.inline_ptx(text, has_side_effects=True)
 
     emit()
 
