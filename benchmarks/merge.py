@@ -56,7 +56,7 @@ def trial(case: Case, folder: Path | None) -> Trial:
     return Trial(
         contenders=contenders,
         sets=SETS,
-        bytes=bytes_in + _bytes_out(shape, spec, INPUTS[given]),
+        bytes=bytes_in + bytes_out(shape, spec, INPUTS[given]),
         flops=(2 * states - 1) * shape[0] * shape[1] * shape[2],
         error=lambda contender, result: _error(contender, result, expected, spec),
         bound=lambda contender: _bound(contender, output, spec),
@@ -85,7 +85,7 @@ def _bytes(shape: tuple[int, ...], dtype: Any) -> int:
     return functools.reduce(lambda a, b: a * b, shape) * jnp.dtype(dtype).itemsize
 
 
-def _bytes_out(shape: tuple[int, int, int], spec: Any, dtype: Any) -> int:
+def bytes_out(shape: tuple[int, int, int], spec: Any, dtype: Any) -> int:
     if spec is None:
         return _bytes(shape, dtype)
     if isinstance(spec, Fp8PerTensor):
@@ -94,7 +94,7 @@ def _bytes_out(shape: tuple[int, int, int], spec: Any, dtype: Any) -> int:
     return _bytes(shape, jnp.uint8) + _bytes(spec.scale_shape(shape[0], groups), jnp.float32)
 
 
-def _leaves(result: Any) -> Any:
+def leaves(result: Any) -> Any:
     """Without the scale of a per-tensor result: to return an argument is a copy that no surrounding program makes."""
     if isinstance(result, Fp8Array) and isinstance(result.spec, Fp8PerTensor):
         return result.values
@@ -102,14 +102,14 @@ def _leaves(result: Any) -> Any:
 
 
 def _ours(name: str, merge: Callable[..., Any], inputs: list[list[jax.Array]], spec: Any) -> Contender:
-    function = jax.jit(lambda *a: _leaves(merge(*a, output_quant=spec, implementation=name)))
+    function = jax.jit(lambda *a: leaves(merge(*a, output_quant=spec, implementation=name)))
     return Contender(name, lambda i: function(*inputs[i]))
 
 
 def _unfused(merge: Callable[..., Any], inputs: list[list[jax.Array]], spec: Any) -> Contender:
     """The merge in the input's type, then the quantisation of what it wrote: two programs."""
     first = jax.jit(lambda *a: merge(*a, implementation="pallas"))
-    second = jax.jit(lambda x: _leaves(quantize_fp8(x.reshape(x.shape[0], -1), spec)))
+    second = jax.jit(lambda x: leaves(quantize_fp8(x.reshape(x.shape[0], -1), spec)))
     return Contender("unfused", lambda i: second(first(*inputs[i])))
 
 
