@@ -15,6 +15,7 @@ from jax_fp8attn.benchmarks.timing import Contender
 from jax_fp8attn.benchmarks.trial import Trial
 
 from jax_fp8attn import merge_attn_states, merge_attn_states_n, quantize_fp8
+from jax_fp8attn.problems import MergeArrays, MergeProblem
 from jax_fp8attn.quantize import Fp8Array, Fp8PerGroup, Fp8PerTensor
 
 SCALE = 0.05
@@ -61,6 +62,23 @@ def trial(case: Case, folder: Path | None) -> Trial:
         error=lambda contender, result: _error(contender, result, expected, spec),
         bound=lambda contender: _bound(contender, output, spec),
     )
+
+
+def calls(case: Case) -> tuple[MergeProblem, list[MergeArrays], float]:
+    """The problem of a case, what to call it with, and how far two right results may be apart."""
+    output, *given = case.variant.split()
+    spec, dtype = OUTPUTS.get(output), jnp.dtype(INPUTS[given[0] if given else "bf16"])
+    shape, states = tuple(case.shape[letter] for letter in "THD"), case.shape.get("N", 2)
+    problem = MergeProblem(
+        states=states, tokens=shape[0], heads=shape[1], width=shape[2], dtype=dtype, out_dtype=dtype,
+        output_quant=spec and spec.static(), stacked=states != 2,
+    )  # fmt: skip
+    scale = jnp.full(1, SCALE) if isinstance(spec, Fp8PerTensor) else None
+    arrays = []
+    for x in (_inputs(shape, states, dtype, seed) for seed in range(SETS)):
+        outputs, lses = (x[0], x[1]) if problem.stacked else (tuple(x[::2]), tuple(x[1::2]))
+        arrays.append(MergeArrays(outputs, lses, None, scale))
+    return problem, arrays, ROUNDED[given[0] if given else "bf16"]
 
 
 def _wide(spec: Any) -> Any:

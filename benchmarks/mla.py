@@ -108,6 +108,20 @@ def _operands(shape: dict[str, int], form: _Form, seed: int) -> _Operands:
     return _Operands(given if form.extra == "from bf16" else stored, stored, state)
 
 
+def calls(case: Case) -> tuple[MlaProblem, list[MlaArrays], float]:
+    """The problem of a case, what to call it with, and how far two right results may be apart."""
+    form = _Form.of(case.variant)
+    inputs = [_operands(case.shape, form, seed) for seed in range(SETS)]
+    options = {"state_dtype": inputs[0].state[0].dtype} if form.extra == "with a state" else {}
+    if form.extra.startswith("to "):
+        options = {"output_quant": _spec(form).static(), "return_lse": False}
+    problem = _problem(case.shape, form, inputs[0].given, **options)
+    given = [_arrays(case.shape, x.given, x.state) for x in inputs]
+    if not isinstance(problem.output_quant, Fp8PerTensor):
+        given = [arrays._replace(output_scale=None) for arrays in given]
+    return problem, given, BOUNDS[form.precision]
+
+
 def _bytes_out(shape: dict[str, int], form: _Form) -> int:
     """Of the output; of lse where the op returns it."""
     rows = shape["T"] * shape["H"]
