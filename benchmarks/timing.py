@@ -54,6 +54,8 @@ class Times:
 
 def measure(contenders: Sequence[Contender], sets: int, rounds: int = ROUNDS) -> dict[str, Times]:
     """Times every contender ``rounds`` times, in turns. All must have run once before: compiling is not timed."""
+    if not contenders:
+        return {}
     mark, flush = _marker(), _flush()
     calls: list[str] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -16,7 +16,7 @@ import pytest
 from jax_fp8attn.benchmarks import mla, models, report, timing
 from jax_fp8attn.benchmarks.trial import Trial
 
-from jax_fp8attn import Fp8PerGroup, merge_attn_states, mla_prefill
+from jax_fp8attn import Fp8PerGroup, cli, merge_attn_states, mla_prefill
 from jax_fp8attn.cli import bench
 from jax_fp8attn.quantize import E4M3
 from jax_fp8attn.reference import mla_prefill as oracle
@@ -648,6 +648,8 @@ def unwrapped(x: object) -> object:
 class TestBench:
     """The order of compiling, checking and timing."""
 
+    loses = False
+
     @pytest.fixture
     def rows(self, monkeypatch):
         log = []
@@ -668,6 +670,10 @@ class TestBench:
                 return Trial(contenders, 1, 100, 0, lambda _, result: result, lambda _: 0.01)
 
         def measure(contenders, sets, rounds):
+            if not contenders:
+                return {}
+            if self.loses:
+                raise RuntimeError("the profiler lost events")
             log.append(("timed", *(c.name for c in contenders)))
             return {c.name: timing.Times(10.0, 0.1, 5.0, ()) for c in contenders}
 
@@ -701,6 +707,27 @@ class TestBench:
         compressed = [a for a, b in zip(order, [*order[1:], ""], strict=True) if a != b]
         assert "".join(sorted(compressed[: compressed.index("t")])) in ("12", "122", "112")
         assert "".join(compressed).endswith("5t") and "".join(order).count("tt") == 1
+
+    def test_a_trace_that_is_not_whole(self, rows) -> None:
+        run, _ = rows
+        self.loses = True
+        assert [message for _, message in run(only="case 3")] == ["case 3 bf16 is not timed: the profiler lost events"]
+
+    def test_command(self, rows, monkeypatch, tmp_path, capsys) -> None:
+        """What was measured is stored as it comes; a message makes the status 1."""
+        device = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
+        monkeypatch.setattr(bench.jax, "devices", lambda: [device])
+        for name, value in (("copy_tbps", 4.0), ("gemm_tflops", 800.0), ("fp8_gemm_tflops", None)):
+            monkeypatch.setattr(timing, name, lambda value=value: value)
+        monkeypatch.setattr(bench, "_versions", lambda: {"jax": "0.11.2"})
+        stored, write = [], report.write
+        monkeypatch.setattr(report, "write", lambda path, run, rows: (stored.append(len(rows)), write(path, run, rows)))
+        options = ["bench", "--op", "merge_attn_states", "--store", str(tmp_path)]
+        assert cli.main([*options, "--json", "--only", "case 1"]) == 0
+        assert cli.main([*options, "--json"]) == 1
+        assert "breaks failed" in capsys.readouterr().err and stored == [1, 1, 2, 3, 4]
+        run, found = report.read(tmp_path / "h200" / "merge_attn_states.json")
+        assert run.ceilings.fp8_gemm_tflops is None and len(found) == 4
 
     def test_only(self, rows) -> None:
         run, _ = rows

@@ -55,9 +55,10 @@ def run(options: argparse.Namespace) -> int:
             failed |= bool(message)
             if message:
                 print(message, file=sys.stderr)
-            rows += [row] if row is not None else []
-        if options.store:
-            report.write(report.results_path(facts.device, op, options.store), facts, rows)
+                continue
+            rows.append(row)
+            if options.store:  # at once: a run that is cut short leaves what it has measured
+                report.write(report.results_path(facts.device, op, options.store), facts, rows)
         everything += rows
     if options.plot:
         report.plot(facts, everything, options.plot)
@@ -85,9 +86,11 @@ def _rows(op: str, options: argparse.Namespace) -> Iterator[tuple[Any, str]]:
                 progress(f"{op} {number} of {len(cases)}: {case.name} {case.variant}")
                 trial, ready, messages = gated.pop(0)
                 yield from ((None, message) for message in messages)
-                if ready:
+                try:
                     times = timing.measure([contender for contender, _ in ready], trial.sets, options.rounds)
                     yield from ((_row(case, trial, *pair, times), "") for pair in ready)
+                except RuntimeError as failure:  # the profiler may lose events
+                    yield None, f"{case.name} {case.variant} is not timed: {failure}"
                 del trial, ready
     progress.done()
 

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shape", metavar="LETTERS", help="one shape instead of the usual ones: B=1,T=8192,S=8192,H=16"
     )
     parser.add_argument(
-        "--variant", default="", metavar="TEXT", help='of --shape: "fp8 causal", "bf16", ... as in bench'
+        "--variant", default="", metavar="TEXT", help='of --shape: "fp8 causal", "bf16" (defaults), ...'
     )
     parser.add_argument(
         "--rounds", type=int, default=31, help="times each configuration is timed (default %(default)s)"
@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
     outcomes, failed = [], False
     progress = show.Progress()
     for op in options.op or sorted(OPS):
-        for shape, variant in [(options.shape, options.variant)] if options.shape else SHAPES[op]:
+        for shape, variant in [(options.shape, options.variant or SHAPES[op][0][1])] if options.shape else SHAPES[op]:
             progress(f"{op} {shape} {variant}")
             try:
                 outcomes.append(tuned(subject_of(op, shape, variant), options.rounds))
