@@ -75,7 +75,8 @@ def trial(case: Case, folder: Path | None) -> Trial:
     form, shape = _Form.of(case.variant), case.shape
     inputs = [_operands(shape, form, seed) for seed in range(SETS)]
     expected = _expected(shape, inputs[0].stored, form.causal)
-    contenders = [*_ours(shape, form, inputs), *_theirs(shape, form, inputs, peers.fa3(folder), peers.merges(folder))]
+    merges = peers.merges(folder) if form.extra == "in chunks" else {}
+    contenders = [*_ours(shape, form, inputs), *_theirs(shape, form, inputs, peers.fa3(folder), merges)]
     merged = _merged(expected, *inputs[0].state) if form.extra == "with a state" else expected
 
     def error(contender: Contender, result: Any) -> float:
@@ -112,10 +113,7 @@ def calls(case: Case) -> tuple[MlaProblem, list[MlaArrays], float]:
     """The problem of a case, what to call it with, and how far two right results may be apart."""
     form = _Form.of(case.variant)
     inputs = [_operands(case.shape, form, seed) for seed in range(SETS)]
-    options = {"state_dtype": inputs[0].state[0].dtype} if form.extra == "with a state" else {}
-    if form.extra.startswith("to "):
-        options = {"output_quant": _spec(form).static(), "return_lse": False}
-    problem = _problem(case.shape, form, inputs[0].given, **options)
+    problem = _problem(case.shape, form, inputs[0].given, **_options(form, inputs[0]))
     given = [_arrays(case.shape, x.given, x.state) for x in inputs]
     if not isinstance(problem.output_quant, Fp8PerTensor):
         given = [arrays._replace(output_scale=None) for arrays in given]
@@ -133,6 +131,13 @@ def _bytes_out(shape: dict[str, int], form: _Form) -> int:
 def _spec(form: _Form) -> Any:
     spec = merge.OUTPUTS[form.extra.removeprefix("to ")]
     return Fp8PerTensor(OUTPUT_SCALE) if isinstance(spec, Fp8PerTensor) else spec
+
+
+def _options(form: _Form, operands: _Operands) -> dict[str, Any]:
+    """Of the problem, beyond its operands."""
+    if form.extra == "with a state":
+        return {"state_dtype": operands.state[0].dtype}
+    return {"output_quant": _spec(form).static(), "return_lse": False} if form.extra.startswith("to ") else {}
 
 
 def _problem(shape: dict[str, int], form: _Form, operands: tuple[jax.Array, ...], **options: Any) -> MlaProblem:
@@ -190,7 +195,7 @@ def _kernel(problem: MlaProblem, given: list[MlaArrays]) -> Contender:
 def _ours_quantised(shape: dict[str, int], form: _Form, inputs: list[_Operands]) -> list[Contender]:
     spec = _spec(form)
     given = [_arrays(shape, x.given) for x in inputs]
-    fused = _op(_problem(shape, form, inputs[0].given, output_quant=spec.static(), return_lse=False))
+    fused = _op(_problem(shape, form, inputs[0].given, **_options(form, inputs[0])))
     plain = _op(_problem(shape, form, inputs[0].given, return_lse=False))
     quantise = jax.jit(lambda x: merge.leaves(quantize_fp8(x, spec)))
     return [
@@ -203,7 +208,7 @@ def _ours_quantised(shape: dict[str, int], form: _Form, inputs: list[_Operands])
 def _ours_with_a_state(shape: dict[str, int], form: _Form, inputs: list[_Operands]) -> list[Contender]:
     plain = [_arrays(shape, x.given) for x in inputs]
     given = [_arrays(shape, x.given, x.state) for x in inputs]
-    fused = _op(_problem(shape, form, inputs[0].given, state_dtype=inputs[0].state[0].dtype))
+    fused = _op(_problem(shape, form, inputs[0].given, **_options(form, inputs[0])))
     alone = _op(_problem(shape, form, inputs[0].given))
     merging = jax.jit(functools.partial(merge_attn_states, return_lse=True, implementation="pallas"))
     return [
