@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,14 @@ def trial(case: Case, folder: Path | None) -> Trial:
     precision, mask = case.variant.split()[:2]
     causal, shape = mask == "causal", case.shape
     inputs = [_inputs(shape, precision, seed) for seed in range(SETS)]
-    contenders = []
-    if precision == "fp8":
-        contenders += _ours(shape, causal, inputs)
-    for name, fa3 in peers.fa3(folder).items():
-        contenders.append(_fa3(name if precision == "fp8" else f"{name} bf16", fa3, shape, causal, inputs))
+    problem, name_of = _problem(shape, causal, inputs[0][0].dtype), "{}" if precision == "fp8" else "{} bf16"
+    config = mla_prefill_sm90.default_config(problem)
+    contenders = _ours(problem, config, inputs) if precision == "fp8" else []
+    for name, function in peers.fa3(folder).items():
+        contenders.append(_fa3(name_of.format(name), function, shape, causal, inputs))
+        if config.splits > 1:
+            split = functools.partial(function, num_splits=0)
+            contenders.append(_fa3(name_of.format(f"{name} split"), split, shape, causal, inputs))
     q_rows, k_rows = shape["T"] // shape["B"], shape["S"] // shape["B"]
     expected = _expected([x[:n] for x, n in zip(inputs[0], (q_rows, k_rows, k_rows), strict=True)], causal)
     pairs = shape["B"] * (q_rows * k_rows - (q_rows * (q_rows - 1) // 2 if causal else 0))
@@ -52,28 +56,35 @@ def _inputs(shape: dict[str, int], precision: str, seed: int) -> list[jax.Array]
     return [cast(jax.random.normal(key, size, jnp.bfloat16)) for key, size in zip(keys, sizes, strict=True)]
 
 
-def _ours(shape: dict[str, int], causal: bool, inputs: list[list[jax.Array]]) -> list[Contender]:
-    tokens, keys, sequences = shape["T"], shape["S"], shape["B"]
-    dtype = inputs[0][0].dtype
-    problem = MlaProblem(
-        tokens=tokens, keys=keys, sequences=sequences, heads=shape["H"], q_dtype=dtype, k_dtype=dtype, v_dtype=dtype,
-        out_dtype=jnp.dtype(jnp.bfloat16), causal=causal, return_lse=True,
+def _problem(shape: dict[str, int], causal: bool, dtype: np.dtype) -> MlaProblem:
+    return MlaProblem(
+        tokens=shape["T"], keys=shape["S"], sequences=shape["B"], heads=shape["H"], q_dtype=dtype, k_dtype=dtype,
+        v_dtype=dtype, out_dtype=jnp.dtype(jnp.bfloat16), causal=causal, return_lse=True,
     )  # fmt: skip
 
+
+def _ours(problem: MlaProblem, config: mla_prefill_sm90.MlaConfig, inputs: list[list[jax.Array]]) -> list[Contender]:
+    """The kernel, where it splits the keys with the merge, and the op."""
+
     def ranges(rows: int) -> tuple[jax.Array, jax.Array]:
-        length = rows // sequences
-        start = np.arange(sequences) * length
-        return jnp.asarray(start, jnp.int32), jnp.full(sequences, length, jnp.int32)
+        length = rows // problem.sequences
+        start = np.arange(problem.sequences) * length
+        return jnp.asarray(start, jnp.int32), jnp.full(problem.sequences, length, jnp.int32)
 
     one = jnp.ones(1)
-    scales = (one * 192**-0.5, one, one, one)
-    given = [MlaArrays(q, k, None, v, *ranges(tokens), *ranges(keys), *scales, None, None, None) for q, k, v in inputs]
-    config = mla_prefill_sm90.default_config(problem)
+    facts = (*ranges(problem.tokens), *ranges(problem.keys), one * 192**-0.5, one, one, one, None, None, None)
+    given = [MlaArrays(q, k, None, v, *facts) for q, k, v in inputs]
     steps = mla_prefill_sm90.steps_of(problem, config)
-    prepared = [jax.jit(steps.prepare)(arrays)[0] for arrays in given]
-    attend, op = jax.jit(steps.attend), jax.jit(mla_prefill_sm90.build(problem, config))
+
+    @jax.jit
+    def kernel(arrays: MlaArrays, operands: Any, work: Any) -> Any:
+        results = steps.attend(operands)
+        return results if config.splits == 1 else steps.finish(arrays, work, results)
+
+    prepared = [jax.jit(steps.prepare)(arrays) for arrays in given]
+    op = jax.jit(mla_prefill_sm90.build(problem, config))
     return [
-        Contender("pallas kernel", lambda i: attend(prepared[i])),
+        Contender("pallas kernel", lambda i: kernel(given[i], *prepared[i])),
         Contender("pallas", lambda i: op(given[i])),
     ]
 

@@ -118,7 +118,7 @@ def _merge_case(tokens: int, heads: int, states: int, variant: str) -> Case:
 # (query tokens, key tokens) of a sequence, sequences
 _MLA_LENGTHS = tuple((tokens, tokens, 1) for tokens in (2048, 4096, 8192, 16384, 32768))
 _MLA_RAGGED = ((512, 512, 1), (1024, 1024, 1), (4096, 4096, 2), (4096, 4096, 4), (4096, 4096, 8), (1024, 1024, 16))
-_MLA_CONTEXT = ((128, 1024, 1), (256, 2048, 1), (512, 4096, 1), (1024, 4096, 1))  # a prompt's last piece
+_MLA_CONTEXT = ((128, 1024, 1), (256, 2048, 1), (512, 4096, 1), (1024, 4096, 1), (256, 65536, 1))  # a last piece
 
 
 def _mla() -> tuple[Case, ...]:

@@ -22,8 +22,8 @@ VLLM_LIBRARY = "_C_stable_libtorch.abi3.so"
 # FlashAttention-3 as its authors release it (the wheel fa3-fwd; there the file is _C.abi3.so), and vLLM's fork of it
 FA3_LIBRARIES = {"fa3": ("fa3_fwd_C.abi3.so", "fa3_fwd"), "fa3 vllm": ("_vllm_fa3_C.abi3.so", "_vllm_fa3_C")}
 FA3_DEFAULTS = {
-    "window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "is_rotary_interleaved": True, "num_splits": 1,
-    "sm_margin": 0, "cp_world_size": 1, "cp_rank": 0,
+    "window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "is_rotary_interleaved": True, "sm_margin": 0,
+    "cp_world_size": 1, "cp_rank": 0,
 }  # fmt: skip
 
 
@@ -70,6 +70,7 @@ def _merges(folder: Path | None) -> dict[str, Callable[..., None]]:
 
 def fa3(folder: Path | None) -> dict[str, Callable[..., Any]]:
     """FlashAttention-3 by name as f(q, k, v, out, causal, cu_q, cu_k, longest) on packed rows, ``longest`` of q and k.
+    ``num_splits`` of the keys; 0: as many as FlashAttention-3 itself chooses.
 
     The release adds all products in the tensor cores' own sum; vLLM's fork adds e4m3 ones in float32 block by block.
     """
@@ -90,11 +91,21 @@ def _fa3(folder: Path | None) -> dict[str, Callable[..., Any]]:
 
 
 def _fa3_forward(
-    operator: Any, q: Any, k: Any, v: Any, out: Any, causal: bool, cu_q: Any, cu_k: Any, longest: tuple[int, int]
+    operator: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    causal: bool,
+    cu_q: Any,
+    cu_k: Any,
+    longest: tuple[int, int],
+    num_splits: int = 1,
 ) -> Any:
     given = {
         "q": q, "k": k, "v": v, "out": out, "softmax_scale": q.shape[-1] ** -0.5, "is_causal": causal,
         "cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": longest[0], "max_seqlen_k": longest[1],
+        "num_splits": num_splits,
     }  # fmt: skip
     if q.element_size() == 1:
         one = _ones(len(cu_q) - 1, k.shape[-2])
