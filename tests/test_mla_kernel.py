@@ -382,6 +382,14 @@ class TestSplits:
             np.testing.assert_array_equal(np.where(seen.any(axis=1), np.asarray(work.token)[place], -1), mine)
         np.testing.assert_array_equal(found, seen)
 
+    def test_many_sequences(self) -> None:
+        """Places are sought by bisection there: the same ones."""
+        given = case((70, 0, 133, 1), (300, 5, 500, 0))
+        arrays = jax.tree.map(jnp.asarray, make_arrays(given))
+        few = tiles_of(given.problem(), arrays, 2)[0]
+        with mock.patch.object(tile_list, "MANY_BOUNDS", 0):
+            assert_bitwise_equal(tuple(tiles_of(given.problem(), arrays, 2)[0]), tuple(few))
+
     def test_splits_are_balanced(self) -> None:
         """To a block of keys; of those that the tile sees, not of the sequence."""
         given = case((1024,))

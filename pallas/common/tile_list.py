@@ -17,6 +17,9 @@ SPLIT_FIELDS = (*FIELDS, "first_output", "skipped", "blocks")
 before. ``blocks`` of keys, at least one."""
 
 
+MANY_BOUNDS = 512
+
+
 class Regions(NamedTuple):
     """Where the columns of each sequence's V^T stand."""
 
@@ -106,7 +109,7 @@ def query_tiles(problem: Any, arrays: Any, regions: Any, rows: int, align: int, 
     split = sum((number >= n * used).astype(jnp.int32) for n in range(1, splits)) if splits > 1 else 0
     slot = turned(number - split * used)
     there = number < splits * used
-    span = jnp.clip(jnp.searchsorted(last, slot, side="right"), 0, 2 * sequences).astype(jnp.int32)
+    span = jnp.minimum(_place_among(last, slot), 2 * sequences)
     local = (slot - (last - count)[span]) * rows
     owned = lax.rem(span, 2) == 1
     sequence = jnp.where(owned, lax.div(span, 2), 0)
@@ -131,7 +134,7 @@ def query_tiles(problem: Any, arrays: Any, regions: Any, rows: int, align: int, 
     }
     table = jnp.stack([facts[name].astype(jnp.int32) for name in (FIELDS if splits == 1 else SPLIT_FIELDS)], axis=1)
     token = jnp.arange(tokens, dtype=jnp.int32)
-    mine = jnp.searchsorted(bounds[1:], token, side="right").astype(jnp.int32)
+    mine = _place_among(bounds[1:], token)
     offset = token - start[mine]
     own_slot = turned((last - count)[mine] + lax.div(offset, rows))
     own_slot = own_slot + used * jnp.arange(splits, dtype=jnp.int32)[:, None]
@@ -139,6 +142,12 @@ def query_tiles(problem: Any, arrays: Any, regions: Any, rows: int, align: int, 
     of_sequence = lax.rem(mine, 2) == 1
     back = jnp.full(splits * slots * rows, -1, jnp.int32).at[place[0]].set(jnp.where(of_sequence, token, -1))
     return Work(table, place, back)
+
+
+def _place_among(bounds: jax.Array, x: jax.Array) -> jax.Array:
+    """How many of the ascending bounds are no more than x: one kernel for all, or for many bounds one a bisection."""
+    method = "compare_all" if bounds.shape[0] < MANY_BOUNDS else "scan"
+    return jnp.searchsorted(bounds, x, side="right", method=method).astype(jnp.int32)
 
 
 def rows_of_tiles(x: jax.Array, work: Work) -> jax.Array:
