@@ -5,6 +5,9 @@ counted from its first key, so that a sequence is computed alike wherever it sta
 scores of a block of keys and the products with the values of the block before together, looks for the largest score
 beside the second, and computes probabilities while the other consumer has the tensor cores. Hopper's FP8 products keep
 about 13 bits of their sum: each block of keys gets a sum of its own, and the blocks are added in float32.
+
+Where few tiles meet many keys, the blocks of keys that a tile sees are split over several tiles of the list, each with
+float32 rows of its own, and the kernel of ``merge_attn_states`` makes the result of them.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax_fp8attn.pallas import merge_sm90
 from jax_fp8attn.pallas.common import hopper, tile_list
 from jax_fp8attn.pallas.common.backend import to_e4m3, varying_like
 from jax_fp8attn.pallas.common.groups import finite_magnitude, group_scale
@@ -27,7 +31,7 @@ from jax_fp8attn.pallas.common.hopper import full_row, row_max, spread
 
 from jax_fp8attn import offsets
 from jax_fp8attn.dispatch import Device
-from jax_fp8attn.problems import MlaArrays, MlaProblem
+from jax_fp8attn.problems import MergeArrays, MergeProblem, MlaArrays, MlaProblem
 from jax_fp8attn.quantize import (
     E4M3,
     Fp8Array,
@@ -45,6 +49,12 @@ KEYS = 128  # of a block; copies of V^T start at multiples of it
 PIECE = 16  # columns that are masked at once
 RESIDENT = 24 << 20  # bytes of keys and values that half of the L2 holds
 TINY = 2.0**-126  # the smallest normal float32: what lies below may have been flushed to zero
+SMS = 132  # of an H200, a tile each
+TILE, BLOCK = 5.8, 1.3  # microseconds that a tile takes, and each of its blocks of keys
+MERGE, MEMORY = 5.0, 4e6  # microseconds of a merge, and bytes a microsecond
+MOST_SPLITS, LEAST_BLOCKS = 16, 8  # of keys in a split
+WORTHWHILE = 0.9  # of the time without splits
+MERGE_REGISTERS = 64  # of a thread for the states that it merges
 LIFT = 8.0  # probabilities are stored times 2^8: the smallest stay normal numbers of e4m3
 
 
@@ -57,12 +67,14 @@ class MlaConfig:
     registers  of a consumer's and of the producer's thread; without a producer both have what the compiler gives
     blocks     that work off all tiles one after the other, the next tile's operands loaded ahead; 0: a block a tile.
                Needs a producer
+    splits     of the keys that a tile sees, each a tile of its own; the results are merged. 1: none
     """
 
     stages: int = 2
     producer: bool = True
     registers: tuple[int, int] = (240, 24)
     blocks: int = 0
+    splits: int = 1
 
     def __post_init__(self) -> None:
         consumer, producer = self.registers
@@ -72,6 +84,8 @@ class MlaConfig:
             raise ValueError(f"blocks that take several tiles need a producer: {self}")
         if any(r % 8 for r in self.registers) or 128 * (WARPGROUPS * consumer + producer) > 65536:
             raise ValueError(f"registers must be multiples of 8 and fit into 65536: {self}")
+        if self.splits < 1:
+            raise ValueError(f"a tile has one split at least: {self}")
         if self.shared_memory > 232448:
             raise ValueError(f"{self.shared_memory} bytes of shared memory, a block can have 232448: {self}")
 
@@ -86,7 +100,26 @@ class MlaConfig:
 def default_config(problem: MlaProblem) -> MlaConfig:
     """A producer of its own where the assembler keeps setmaxnreg: jax 0.12 assembles through nvJitLink, which drops
     it, and three warpgroups then have 168 registers a thread."""
-    return MlaConfig(producer=jax.__version_info__ < (0, 12))
+    return MlaConfig(producer=jax.__version_info__ < (0, 12), splits=_best_splits(problem))
+
+
+def _best_splits(problem: MlaProblem) -> int:
+    """The splits with the least estimated time, for sequences of equal lengths; none if they gain too little."""
+    if not (problem.tokens and problem.keys and problem.sequences and problem.heads):
+        return 1
+    tokens, keys = (-(-x // problem.sequences) for x in (problem.tokens, problem.keys))
+    tiles = problem.heads * problem.sequences * -(-tokens // (WARPGROUPS * ROWS))
+    longest = -(-keys // KEYS)
+    mean = longest - min(tokens, keys) / (2 * KEYS) if problem.causal else longest
+    partials = 2 * 4 * VALUES * problem.tokens * problem.heads / MEMORY  # of one split, written and read
+
+    def estimate(splits: int) -> float:
+        waves = -(-splits * tiles // SMS)
+        attend = max(waves * (TILE + BLOCK * mean / splits), TILE + BLOCK * -(-longest // splits))
+        return attend + (MERGE + splits * partials if splits > 1 else 0.0)
+
+    best = min(range(1, max(1, min(MOST_SPLITS, int(mean) // LEAST_BLOCKS)) + 1), key=estimate)
+    return best if estimate(best) < WORTHWHILE * estimate(1) else 1
 
 
 def supports(problem: MlaProblem, device: Device) -> tuple[str, ...]:
@@ -121,19 +154,27 @@ class Steps(NamedTuple):
 
     prepare: Callable[[MlaArrays], Any]  # casts, transposes V, lists the tiles
     attend: Callable[[Any], list[jax.Array]]  # the kernel
-    finish: Callable[..., Any]  # picks each token's lse and scales
+    finish: Callable[..., Any]  # picks each token's lse and scales; merges splits
 
 
 def steps_of(problem: MlaProblem, config: MlaConfig, interpret: Any = None) -> Steps:
     def prepare(arrays: MlaArrays) -> tuple[_Operands, tile_list.Work]:
         regions = tile_list.key_regions(arrays.k_start, arrays.k_length, problem.keys, KEYS)
-        work = tile_list.query_tiles(problem, arrays, regions, WARPGROUPS * ROWS)
+        work = tile_list.query_tiles(problem, arrays, regions, WARPGROUPS * ROWS, KEYS, config.splits)
         return _operands(problem, arrays, regions, work), work
 
     def attend(operands: _Operands) -> list[jax.Array]:
-        return _Kernel(problem, config, operands.tiles.shape[0], interpret).call(operands)
+        return _Kernel(partial, config, operands.tiles.shape[0], interpret).call(operands)
 
-    return Steps(prepare, attend, lambda arrays, work, results: _result(problem, arrays, work, *results))
+    def finish(arrays: MlaArrays, work: tile_list.Work, results: list[jax.Array]) -> Any:
+        if config.splits == 1:
+            return _result(problem, arrays, work, *results)
+        return _merged_splits(problem, arrays, work, *results, interpret=interpret)
+
+    partial = problem
+    if config.splits > 1:
+        partial = dataclasses.replace(problem, out_dtype=jnp.dtype(jnp.float32), output_quant=None)
+    return Steps(prepare, attend, finish)
 
 
 def _without_keys(problem: MlaProblem, arrays: MlaArrays) -> Any:
@@ -152,7 +193,7 @@ def _without_keys(problem: MlaProblem, arrays: MlaArrays) -> Any:
 def _result(problem: MlaProblem, arrays: MlaArrays, work: tile_list.Work, out: jax.Array, *tiled: jax.Array) -> Any:
     """lse and scales leave the kernel tile by tile; here each token's are picked."""
     spec = problem.output_quant
-    by_token = [tile_list.rows_of_tiles(x, work) for x in tiled]
+    by_token = [tile_list.rows_of_tiles(x, work)[0] for x in tiled]
     if isinstance(spec, Fp8PerTensor):
         scale = arrays.output_scale
         out = Fp8Array(out, scale[0] if problem.instances == 1 else scale, spec, problem.tokens)
@@ -160,6 +201,25 @@ def _result(problem: MlaProblem, arrays: MlaArrays, work: tile_list.Work, out: j
         scales = by_token.pop().transpose(2, 0, 1).reshape(problem.tokens, -1)  # [H, groups of a head, T] before
         out = Fp8Array(out, physical_scales(scales, spec), spec, problem.tokens)
     return (out, by_token[0]) if problem.return_lse else out
+
+
+def _merged_splits(
+    problem: MlaProblem, arrays: MlaArrays, work: tile_list.Work, out: jax.Array, lse: jax.Array, interpret: Any
+) -> Any:
+    """The first split holds the initial state."""
+    splits = work.place.shape[0]
+    states = MergeProblem(
+        splits, problem.tokens, problem.heads, VALUES, out.dtype, jnp.dtype(problem.out_dtype), problem.output_quant,
+        problem.return_lse, stacked=True, instances=problem.instances,
+    )  # fmt: skip
+    config = merge_sm90.default_config(states)
+    if splits * config.vector > MERGE_REGISTERS:
+        config = dataclasses.replace(config, vector=min(config.vector, 4))
+    given = MergeArrays(
+        out.reshape(splits, problem.tokens, *out.shape[1:]), tile_list.rows_of_tiles(lse, work), None,
+        arrays.output_scale,
+    )  # fmt: skip
+    return merge_sm90.build(states, config, interpret)(given)
 
 
 class _Operands(NamedTuple):
@@ -171,7 +231,7 @@ class _Operands(NamedTuple):
     v: jax.Array  # e4m3 [H, 128, columns], columns in regions that start at multiples of 128; 0 for NaN
     first_nan: jax.Array  # int32 [B, H, 128]: the first key of a sequence with NaN in a column of its values
     scales: jax.Array  # float32 [instances, 3]: of the exponent in base 2, of the output, of its codes
-    tiles: jax.Array  # int32 [tiles, FIELDS]
+    tiles: jax.Array  # int32 [tiles, FIELDS or SPLIT_FIELDS]
     state_out: jax.Array | None  # [T, H, 128]
     state_lse: jax.Array | None  # float32 [H, tiles, 128]; -inf for rows without a state
 
@@ -235,6 +295,8 @@ class _Tile(NamedTuple):
     key_count: Any
     sequence: Any
     instance: Any
+    first_output: Any
+    skipped: Any  # keys of the sequence, by splits before this one
     blocks: Any  # of keys, at least one
     before: Any  # blocks of keys that this block of threads has worked off
 
@@ -246,7 +308,7 @@ class _Tile(NamedTuple):
 class _Results(NamedTuple):
     """What the kernel writes."""
 
-    out: Any  # [T, H, 128]
+    out: Any  # [splits * T, H, 128]
     lse: Any  # [H, tiles, 128]
     scales: Any  # [H, groups, tiles, 128] or None
 
@@ -408,7 +470,7 @@ class _Kernel:
         return plgpu.kernel(
             fp8attn_mla_prefill_sm90,
             out_type=[
-                jax.ShapeDtypeStruct((problem.tokens, problem.heads, VALUES), self.out_dtype),
+                jax.ShapeDtypeStruct((self.config.splits * problem.tokens, problem.heads, VALUES), self.out_dtype),
                 jax.ShapeDtypeStruct((problem.heads, self.tiles, WARPGROUPS * ROWS), jnp.float32),
                 *([scales] if self.groups else []),
             ],
@@ -510,6 +572,8 @@ class _Kernel:
         """Head and tile in the order of work: a group of heads whose keys and values fit into the L2 together, the
         longest tiles of all of them first, then the next group."""
         heads = self.problem.heads
+        if self.config.splits > 1:  # few tiles, at work together
+            return lax.rem(number, heads), lax.div(number, heads)
         groups = -(-heads // max(1, min(heads, RESIDENT // ((NOPE + ROPE + VALUES) * self.problem.keys))))
         size = -(-heads // groups)
         group, rest = lax.div(number, size * self.tiles), lax.rem(number, size * self.tiles)
@@ -518,13 +582,16 @@ class _Kernel:
 
     def _tile(self, gmem: _Operands, number: Any, before: Any) -> _Tile:
         head, index = self._place(number)
-        field = lambda name: gmem.tiles[index, tile_list.FIELDS.index(name)]
-        rows, visible, key_count = field("rows"), field("visible"), field("key_count")
-        most = jnp.minimum(visible + rows - 1, key_count) if self.problem.causal else key_count
+        field = lambda name: gmem.tiles[index, tile_list.SPLIT_FIELDS.index(name)]
+        first_query, rows, visible, key_count = map(field, ("first_query", "rows", "visible", "key_count"))
+        if self.config.splits == 1:
+            most = jnp.minimum(visible + rows - 1, key_count) if self.problem.causal else key_count
+            own = first_query, 0, jnp.maximum(lax.div(most + (KEYS - 1), KEYS), 1)
+        else:
+            own = map(field, ("first_output", "skipped", "blocks"))
         return _Tile(
-            number, index, head, field("first_query"), rows, field("first_key"), field("first_column"), visible,
-            key_count, field("sequence"), field("instance"),
-            jnp.maximum(lax.div(most + (KEYS - 1), KEYS), 1), before,
+            number, index, head, first_query, rows, field("first_key"), field("first_column"), visible, key_count,
+            field("sequence"), field("instance"), *own, before,
         )  # fmt: skip
 
     def _consume(self, gmem: _Operands, products: _Products, tile: _Tile, results: _Results) -> None:
@@ -682,7 +749,10 @@ class _Kernel:
         first_nan = plgpu.load(
             gmem.first_nan.at[tile.sequence, tile.head], layout=hopper.ACCUMULATOR.reduce(0), optimized=False
         )
-        visible = jnp.maximum(self._visible(tile, warpgroup * ROWS), 0)
+        visible = self._visible(tile, warpgroup * ROWS)
+        if self.config.splits > 1:
+            visible = visible + tile.skipped
+        visible = jnp.maximum(visible, 0)
         seen = lax.broadcast_in_dim(first_nan, value.shape, [1]) < spread(visible, value)
         value = jnp.where(seen, jnp.nan, value)
         log_total = jnp.log(jnp.where(nothing, 1.0, total))
@@ -746,7 +816,7 @@ class _Kernel:
     def _store_rows(self, smem: _Shared, tile: _Tile, warpgroup: Any, out: Any) -> None:
         """Copies of 64, 32, ... 1 rows, as many as the count has bits: what lies behind belongs to other tiles."""
         count = jnp.clip(tile.rows - warpgroup * ROWS, 0, ROWS)
-        first = tile.first_query + warpgroup * ROWS
+        first = tile.first_output + warpgroup * ROWS
         pieces = self._pieces(self.out_dtype)
         columns = VALUES // pieces
         done = count * 0

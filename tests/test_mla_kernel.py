@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 from interpreter import run_interpreted, verdict
 from jax_fp8attn.pallas import mla_prefill_sm90
+from jax_fp8attn.pallas.common import tile_list
 from jax_fp8attn.pallas.mla_prefill_sm90 import MlaConfig
 
 from jax_fp8attn import offsets
 from jax_fp8attn.dispatch import Device
-from jax_fp8attn.problems import MlaArrays, MlaProblem
+from jax_fp8attn.problems import MergeArrays, MergeProblem, MlaArrays, MlaProblem
 from jax_fp8attn.quantize import Fp8Array, Fp8PerGroup, Fp8PerTensor
+from jax_fp8attn.reference import merge as reference_merge
 from jax_fp8attn.reference import mla_prefill as reference
 from jax_fp8attn.testing import assert_bitwise_equal, fp8_ulps
 
@@ -100,6 +102,37 @@ def kernel(interpret: Any, problem: MlaProblem, arrays: MlaArrays, cut: dict[str
     return mla_prefill_sm90.build(problem, config, interpret)(jax.tree.map(jnp.asarray, arrays))
 
 
+def emulated(problem: MlaProblem, arrays: MlaArrays, splits: int) -> Any:
+    """The oracle that rounds as the kernel does: over the keys of every split alone, merged."""
+    if splits == 1:
+        return reference.emulated(problem, arrays)
+    state = dataclasses.replace(problem, output_quant=None, out_dtype=F32)
+    seen = reference.visibility(problem, arrays)
+    parts = []
+    for n in range(splits):
+        given = state if n == 0 else dataclasses.replace(state, state_dtype=None)
+        mine = seen & keys_of_split(problem, arrays, n, splits)
+        with mock.patch.object(reference, "visibility", lambda *_, mine=mine: mine):
+            parts.append(reference.emulated(given, arrays))
+    merged = MergeProblem(
+        splits, problem.tokens, problem.heads, 128, F32, problem.out_dtype, problem.output_quant, return_lse=True
+    )
+    return reference_merge.run(merged, MergeArrays(*zip(*parts, strict=True), None, arrays.output_scale))
+
+
+def keys_of_split(problem: MlaProblem, arrays: MlaArrays, split: int, splits: int) -> np.ndarray:
+    """bool [T, S]: the split's share of the blocks of 128 keys that each tile of 128 rows sees."""
+    mine = np.zeros((problem.tokens, problem.keys), bool)
+    for q_start, q_length, k_start, k_length in zip(*(np.asarray(x) for x in arrays[4:8]), strict=True):
+        for first in range(0, q_length, 128):
+            last = min(first + 128, q_length) - 1
+            seen = min(last + 1 + k_length - q_length, k_length) if problem.causal else k_length
+            blocks = -(-max(seen, 0) // 128)
+            begin, end = (128 * (n * blocks // splits) for n in (split, split + 1))
+            mine[q_start + first : q_start + last + 1, k_start + begin : k_start + end] = True
+    return mine
+
+
 def values_of(out: Any) -> np.ndarray:
     return np.asarray(out.dequantize() if isinstance(out, Fp8Array) else out).astype(np.float64)
 
@@ -108,14 +141,15 @@ def check(given: Case, arrays: MlaArrays | None = None, cut: dict[str, Any] | No
     """Close to the oracle that rounds as the kernel does, and within the op's bounds of the exact one."""
     problem = given.problem()
     arrays = make_arrays(given) if arrays is None else arrays
-    out, lse = run_interpreted(kernel, problem, arrays, cut, kernels=1)
+    splits = MlaConfig(**(cut or {})).splits
+    out, lse = run_interpreted(kernel, problem, arrays, cut, kernels=1 + (splits > 1))
     on_device = jax.tree.map(jnp.asarray, arrays)
-    emulated, exact = reference.emulated(problem, on_device)[0], reference.run(problem, on_device)
+    rounded, exact = emulated(problem, on_device, splits)[0], reference.run(problem, on_device)
     np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(exact[1]))
     finite = np.isfinite(np.asarray(exact[1]))
     np.testing.assert_array_equal(np.isnan(lse), np.isnan(exact[1]))
     np.testing.assert_allclose(lse[finite], np.asarray(exact[1])[finite], atol=LSE_BOUND)
-    got, near, far = values_of(out), values_of(emulated), values_of(exact[0])
+    got, near, far = values_of(out), values_of(rounded), values_of(exact[0])
     np.testing.assert_array_equal(np.isnan(got), np.isnan(far))
     mass = lambda x: np.sqrt(np.nansum(x * x, axis=-1))  # of each row and head
     quantised = problem.output_quant is not None
@@ -125,9 +159,9 @@ def check(given: Case, arrays: MlaArrays | None = None, cut: dict[str, Any] | No
     total = lambda x: np.sqrt(np.nansum(x * x))
     assert total(got - near) <= (0.004 + rounding) * total(near) + 1e-6
     if quantised:
-        assert (fp8_ulps(out.values, emulated.values) > 1).mean() < 0.005
-        assert out.scales.shape == emulated.scales.shape
-        np.testing.assert_allclose(out.scales_2d(), emulated.scales_2d(), rtol=0.02)
+        assert (fp8_ulps(out.values, rounded.values) > 1).mean() < 0.005
+        assert out.scales.shape == rounded.scales.shape
+        np.testing.assert_allclose(out.scales_2d(), rounded.scales_2d(), rtol=0.02)
     return out, lse
 
 
@@ -252,6 +286,139 @@ class TestInterpreted:
         check(case((140, 0, 33, 1), (140, 5, 300, 0), **options), cut={"blocks": 3})
 
 
+LENGTHS = (70, 0, 33, 1), (300, 5, 200, 0)
+
+
+class TestSplits:
+    """The keys that a tile sees in several tiles, merged by a second kernel."""
+
+    @pytest.mark.parametrize(
+        ("options", "cut"),
+        [
+            ({}, {"splits": 2}),
+            ({"causal": False}, {"splits": 3}),
+            ({"state_dtype": F32, "output_quant": PER_TENSOR}, {"splits": 3}),
+            *slow(
+                ({}, {"splits": 3, "producer": False}),
+                ({"pair": True, "out_dtype": BF16}, {"splits": 3, "blocks": 5}),
+                ({"causal": False, "output_quant": Fp8PerGroup.deepgemm_sm100()}, {"splits": 2}),
+                ({"state_dtype": BF16, "out_dtype": BF16}, {"splits": 2}),
+                ({"output_quant": Fp8PerGroup.row_major(64)}, {"splits": 9}),
+            ),
+        ],
+    )
+    def test_against_the_oracle(self, options: dict[str, Any], cut: dict[str, Any]) -> None:
+        check(case(*LENGTHS, **options), cut=cut)
+
+    def test_an_empty_side_is_exact(self) -> None:
+        """Rows that see no key in any split take the state bit for bit; one split of three sees the other keys."""
+        given = case((40, 20), (0, 20), heads=1, state_dtype=F32)
+        arrays = make_arrays(given)
+        arrays.initial_lse[:, 3:10], arrays.initial_lse[:, 50:60] = 1.0, -INF
+        arrays.initial_out[50:60] = NAN
+        out, lse = check(given, arrays, {"splits": 3})
+        assert_bitwise_equal(out[3:10], arrays.initial_out[3:10])
+        assert_bitwise_equal(lse[:, 3:10], arrays.initial_lse[:, 3:10])
+        assert np.isfinite(out[50:60]).all()
+
+    @pytest.mark.parametrize(("key", "first"), [(250, 40), *slow((100, 0), (299, 89))])
+    def test_nan_reaches_its_readers_alone(self, key: int, first: int) -> None:
+        """Whichever split has it, and has the weight."""
+        given, arrays = nan_in_v(key)
+        out, _ = check(given, arrays, {"splits": 2})
+        wanted = np.zeros(out.shape, bool)
+        wanted[3 + first : 3 + 90, 0, 5] = True
+        np.testing.assert_array_equal(np.isnan(out), wanted)
+
+    @pytest.mark.slow
+    def test_a_sequence_is_computed_alike_anywhere(self) -> None:
+        alone, among = case((70,), (300,), before=0), case((33, 70, 5), (33, 300, 5), before=3)
+        first, many = make_arrays(alone), make_arrays(among, 1)
+        for x, y, rows in ((first.q, many.q, 70), (first.k, many.k, 300), (first.v, many.v, 300)):
+            y[36 : 36 + rows] = x[:rows]
+        one, all_of_them = (
+            run_interpreted(kernel, c.problem(), a, {"splits": 2}, kernels=2)
+            for c, a in ((alone, first), (among, many))
+        )
+        assert_bitwise_equal(all_of_them[0][36:106], one[0][:70])
+        assert_bitwise_equal(all_of_them[1][:, 36:106], one[1][:, :70])
+
+    @pytest.mark.slow
+    def test_instances_have_their_own_scales(self) -> None:
+        given = case((60, 58), (200, 198), heads=1, instances=2, output_quant=PER_TENSOR)
+        arrays, pair = make_arrays(given), np.array([1, 1.5], np.float32)
+        names = ("softmax_scale", "q_scale", "k_scale", "v_scale", "output_scale")
+        arrays = arrays._replace(**{name: getattr(arrays, name) * pair for name in names})
+        out, lse = run_interpreted(kernel, given.problem(), arrays, {"splits": 2}, kernels=2)
+        exact = dataclasses.replace(given.problem(), output_quant=None)
+        expected, expected_lse = reference.run(exact, jax.tree.map(jnp.asarray, arrays))
+        np.testing.assert_allclose(lse, expected_lse, atol=LSE_BOUND)
+        np.testing.assert_array_equal(out.scales, arrays.output_scale)
+        got = out.values.astype(np.float32) * np.repeat(out.scales, 63)[:, None, None]
+        assert np.linalg.norm(got - expected) <= 0.06 * np.linalg.norm(expected)
+
+    @pytest.mark.parametrize("causal", [True, False])
+    @pytest.mark.parametrize("splits", [2, 3, 7])
+    def test_tiles(self, causal: bool, splits: int) -> None:
+        """Each row sees in its tiles, of which the splits' have their own rows of the output, what it sees at all."""
+        given = case((70, 0, 133, 1, 300), (300, 5, 500, 0, 20), causal=causal)
+        problem, arrays = given.problem(), jax.tree.map(jnp.asarray, make_arrays(given))
+        work, regions = tiles_of(problem, arrays, splits)
+        seen, tokens = np.asarray(reference.visibility(problem, arrays)), np.arange(problem.tokens)
+        assert len(np.unique(work.place)) == splits * problem.tokens
+        found = np.zeros(seen.shape, int)
+        for split, place in enumerate(np.asarray(work.place)):
+            tile = dict(zip(tile_list.SPLIT_FIELDS, np.asarray(work.tiles)[place // 128].T, strict=True))
+            row, sequence = place % 128, tile["sequence"]
+            assert (row < tile["rows"]).all()
+            np.testing.assert_array_equal(tile["first_query"] + row, tokens)
+            np.testing.assert_array_equal(tile["first_output"] + row, split * problem.tokens + tokens)
+            np.testing.assert_array_equal(tile["first_key"] - tile["skipped"], np.asarray(arrays.k_start)[sequence])
+            np.testing.assert_array_equal(tile["first_column"] - tile["skipped"], np.asarray(regions.first)[sequence])
+            visible = np.minimum(np.minimum(tile["visible"] + row * causal, tile["key_count"]), 128 * tile["blocks"])
+            for token, first, count in zip(tokens, tile["first_key"], np.maximum(visible, 0), strict=True):
+                found[token, first : first + count] += 1
+            mine = np.where(seen.any(axis=1) & (split == 0), tokens, -1)
+            np.testing.assert_array_equal(np.where(seen.any(axis=1), np.asarray(work.token)[place], -1), mine)
+        np.testing.assert_array_equal(found, seen)
+
+    def test_many_sequences(self) -> None:
+        """Places are sought by bisection there: the same ones."""
+        given = case((70, 0, 133, 1), (300, 5, 500, 0))
+        arrays = jax.tree.map(jnp.asarray, make_arrays(given))
+        few = tiles_of(given.problem(), arrays, 2)[0]
+        with mock.patch.object(tile_list, "MANY_BOUNDS", 0):
+            assert_bitwise_equal(tuple(tiles_of(given.problem(), arrays, 2)[0]), tuple(few))
+
+    def test_splits_are_balanced(self) -> None:
+        """To a block of keys; of those that the tile sees, not of the sequence."""
+        given = case((1024,))
+        work, _ = tiles_of(given.problem(), jax.tree.map(jnp.asarray, make_arrays(given)), 3)
+        tile = dict(zip(tile_list.SPLIT_FIELDS, np.asarray(work.tiles).T, strict=True))
+        for number in range(8):
+            mine = (tile["first_query"] == 3 + 128 * number) & (tile["rows"] == 128)
+            blocks = np.where(tile["key_count"] > 0, tile["blocks"], 0)[mine]
+            assert len(blocks) == 3 and blocks.sum() == number + 1 and np.ptp(blocks) <= 1
+
+
+def tiles_of(problem: MlaProblem, arrays: MlaArrays, splits: int) -> tuple[Any, Any]:
+    @jax.jit
+    def listed(arrays: MlaArrays) -> tuple[Any, Any]:
+        regions = tile_list.key_blocks(arrays.k_start, arrays.k_length, problem.keys, 128)
+        return tile_list.query_tiles(problem, arrays, regions, 128, 128, splits), regions
+
+    return listed(arrays)
+
+
+def nan_in_v(key: int) -> tuple[Case, MlaArrays]:
+    """NaN in one place of V; the first of two splits of the keys has no weight beside the second."""
+    given = case((90,), (300,), heads=1)
+    arrays = make_arrays(given)
+    arrays.q[3:93], arrays.k[3:131] = 1.0, -8.0
+    arrays.v[3 + key, 0, 5] = NAN
+    return given, arrays
+
+
 class TestFaults:
     """What is planted is found."""
 
@@ -273,11 +440,32 @@ class TestFaults:
         sound = run_interpreted(kernel, given.problem(), arrays)
         assert verdict(faulty, fault, given.problem(), arrays, expected=sound) == expected
 
+    @pytest.mark.parametrize(
+        ("fault", "expected"),
+        [
+            ("none", "clean"),
+            ("NaN sought among the split's own keys", "wrong result"),
+            ("rows of one split for all", "RaceFound"),
+            *slow(("a block of the next split", "wrong result"), ("a state for every split", "wrong result")),
+        ],
+    )
+    def test_planted_in_splits(self, fault: str, expected: str) -> None:
+        given, arrays = nan_in_v(100)
+        cut, merges = {"splits": 2}, fault == "a state for every split"
+        if merges:
+            given = case((40,), (200,), heads=1, state_dtype=F32)
+            arrays = make_arrays(given)
+        sound = run_interpreted(kernel, given.problem(), arrays, cut, kernels=2)
+        assert verdict(faulty, fault, given.problem(), arrays, cut, expected=sound, kernels=2) == expected
 
-def faulty(interpret: Any, fault: str, problem: MlaProblem, arrays: MlaArrays) -> Any:
+
+def faulty(
+    interpret: Any, fault: str, problem: MlaProblem, arrays: MlaArrays, cut: dict[str, Any] | None = None
+) -> Any:
     """The kernel with one thing replaced."""
     own, products = mla_prefill_sm90._Kernel, mla_prefill_sm90._Products
     visible, start_scores, start_values = own._visible, products.start_scores, products.start_values
+    tile_of, tiles_of_rows = own._tile, tile_list.tiles_of_rows
 
     def keys_early(self: Any, slot: Any) -> Any:
         plgpu.barrier_arrive(self.smem.k_free.at[slot])
@@ -286,6 +474,17 @@ def faulty(interpret: Any, fault: str, problem: MlaProblem, arrays: MlaArrays) -
     def values_early(self: Any, operand: Any, slot: Any) -> Any:
         plgpu.barrier_arrive(self.smem.v_free.at[slot])
         return start_values(self, operand, slot)
+
+    def tile_with(**facts: Any) -> Any:
+        def changed(self: Any, *given: Any) -> Any:
+            tile = tile_of(self, *given)
+            return tile._replace(**{name: fact(tile) for name, fact in facts.items()})
+
+        return own, "_tile", changed
+
+    def state_for_all(lse: Any, work: Any) -> Any:
+        token = work.token[work.place[:1]]
+        return tiles_of_rows(lse, work._replace(token=work.token.at[work.place].set(token)))
 
     unreleased = lambda self, pending, slot, younger=0: pending
     patches = {
@@ -300,23 +499,51 @@ def faulty(interpret: Any, fault: str, problem: MlaProblem, arrays: MlaArrays) -
         "keys in plain order": [(mla_prefill_sm90.tile_list, "KEY_ORDER", tuple(range(16)))],
         "mask one key too wide": [(own, "_visible", lambda self, tile, local: visible(self, tile, local) + 1)],
         "earlier sum not rescaled": [(own, "_sum", lambda self, state, weighed: state.out + weighed)],
+        "NaN sought among the split's own keys": [tile_with(skipped=lambda tile: 0)],
+        "rows of one split for all": [tile_with(first_output=lambda tile: tile.first_query)],
+        "a block of the next split": [tile_with(blocks=lambda tile: tile.blocks + 1)],
+        "a state for every split": [(tile_list, "tiles_of_rows", state_for_all)],
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         for patch in patches[fault]:
             stack.enter_context(mock.patch.object(*patch))
-        return kernel(interpret, problem, arrays)
+        return kernel(interpret, problem, arrays, cut)
 
 
 class TestConfig:
     @pytest.mark.parametrize(
-        "bad", [{"registers": (248, 40)}, {"registers": (236, 24)}, {"stages": 5}, {"producer": False, "blocks": 9}]
-    )
+        "bad",
+        [
+            {"registers": (248, 40)}, {"registers": (236, 24)}, {"stages": 5}, {"producer": False, "blocks": 9},
+            {"splits": 0},
+        ],
+    )  # fmt: skip
     def test_misfits_are_refused(self, bad: dict[str, Any]) -> None:
-        with pytest.raises(ValueError, match=r"registers|shared memory|producer"):
+        with pytest.raises(ValueError, match=r"registers|shared memory|producer|split"):
             MlaConfig(**bad)
 
     def test_heuristics(self) -> None:
         assert mla_prefill_sm90.default_config(case((8,)).problem()).producer == (jax.__version_info__ < (0, 12))
+
+    @pytest.mark.parametrize("causal", [True, False])
+    @pytest.mark.parametrize(
+        ("tokens", "keys", "sequences", "heads", "expected"),
+        [
+            (256, 65536, 1, 16, 4),  # 32 tiles: 128 of the 132 multiprocessors
+            (128, 65536, 1, 16, 8),
+            (1, 65536, 1, 16, 8),
+            (1024, 65536, 1, 16, 1),  # 128 tiles already
+            (8192, 8192, 1, 16, 1),
+            (128, 1024, 1, 16, 1),  # too few keys
+            (256, 65536, 16, 16, 1),
+            (64, 1 << 20, 1, 1, 16),
+            (0, 9, 1, 1, 1),
+        ],
+    )
+    def test_splits(self, tokens: int, keys: int, sequences: int, heads: int, expected: int, causal: bool) -> None:
+        sizes = {"tokens": tokens, "keys": keys, "sequences": sequences, "heads": heads, "causal": causal}
+        problem = dataclasses.replace(case((8,)).problem(), **sizes)
+        assert mla_prefill_sm90.default_config(problem).splits == expected
 
     def test_reasons(self) -> None:
         problem = case((8,)).problem()

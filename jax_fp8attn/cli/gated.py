@@ -121,7 +121,7 @@ def _merge(
 
 
 def mla_calls() -> Iterator[Call]:
-    """Causal and not, both forms of K, every kind of output, states of both widths."""
+    """Causal and not, both forms of K, every kind of output, states of both widths, splits with their merge."""
     packed, state16, state32 = Fp8PerGroup.deepgemm_sm100(), jnp.dtype(BF16), jnp.dtype(F32)
     yield _mla("causal")
     yield _mla("full pair", causal=False, pair=True)
@@ -131,9 +131,10 @@ def mla_calls() -> Iterator[Call]:
     yield _mla("fp8_group64_f32_row", causal=False, output_quant=Fp8PerGroup.row_major(64))
     yield _mla("bfloat16 state", state_dtype=state16)
     yield _mla("float32 state, packed", causal=False, state_dtype=state32, output_quant=packed)
+    yield _mla("16 splits, float32 state, packed", splits=16, state_dtype=state32, output_quant=packed)
 
 
-def _mla(label: str, pair: bool = False, **options: Any) -> Call:
+def _mla(label: str, pair: bool = False, splits: int = 1, **options: Any) -> Call:
     """Through ``build``: dispatch does not choose this kernel yet."""
     from jax_fp8attn.pallas import mla_prefill_sm90 as kernel
     from jax_fp8attn.problems import MlaArrays, MlaProblem
@@ -159,7 +160,7 @@ def _mla(label: str, pair: bool = False, **options: Any) -> Call:
         one if isinstance(problem.output_quant, Fp8PerTensor) else None,
     )
     leaves, tree = jax.tree.flatten(arrays)
-    run = kernel.build(problem, kernel.default_config(problem))
+    run = kernel.build(problem, dataclasses.replace(kernel.default_config(problem), splits=splits))
     return Call(label, lambda *given: run(jax.tree.unflatten(tree, given)), tuple(leaves))
 
 
