@@ -147,8 +147,7 @@ def mla_prefill(
         initial_lse=state_lse,
         output_scale=output_scale,
     )
-    notes = ("FP8 output: separate pass inside the op",) if output_quant is not None else ()
-    result = dispatch.call(OP, problem, arrays, implementation, notes)
+    result = dispatch.call(OP, problem, arrays, implementation)
     return _unbatch(result, sequences, return_lse) if batched else result
 
 

@@ -2,8 +2,7 @@
 
 A kernel asks with its heuristic's choice and with every configuration that it would run:
 
-    def default_config(problem):
-        return configs.chosen("mla_prefill", problem, heuristic(problem))  # jax_fp8attn.pallas.common.configs
+    configs.chosen("mla_prefill", problem, default_config(problem))  # jax_fp8attn.pallas.common.configs
 
 First answer of: the user's file, written by ``python -m jax_fp8attn tune``; the file shipped with the package; the
 heuristic. ``JAX_FP8ATTN_TUNING=0`` leaves the heuristic alone. In a job of several processes, which must agree, the

@@ -23,8 +23,8 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jax_fp8attn.pallas import merge_sm90
-from jax_fp8attn.pallas.common import hopper, tile_list
+from jax_fp8attn.pallas import merge_sm90, mla_prepare_sm90
+from jax_fp8attn.pallas.common import configs, hopper, tile_list
 from jax_fp8attn.pallas.common.backend import to_e4m3, varying_like
 from jax_fp8attn.pallas.common.groups import finite_magnitude, group_scale
 from jax_fp8attn.pallas.common.hopper import full_row, row_max, spread
@@ -39,7 +39,6 @@ from jax_fp8attn.quantize import (
     Fp8PerTensor,
     physical_scales,
     quantize_output,
-    to_stored,
 )
 
 LOG2E, LN2 = math.log2(math.e), math.log(2.0)
@@ -128,11 +127,18 @@ def supports(problem: MlaProblem, device: Device) -> tuple[str, ...]:
         reasons.append(f"needs compute capability 9.0, the device has {device.compute_capability}")
     if problem.compute != "fp8":
         reasons.append(f"computes in FP8 only, not in {problem.compute}")
-    return tuple(reasons)
+    return (*reasons, *mla_prepare_sm90.supports(problem))
+
+
+def notes(problem: MlaProblem) -> tuple[str, ...]:
+    splits = default_config(problem).splits
+    found = [f"keys in {splits} splits, merged by the kernel of merge_attn_states"] if splits > 1 else []
+    where = "the merge" if splits > 1 else "the attention kernel"
+    return (*found, *([f"FP8 output: fused into {where}"] if problem.output_quant is not None else []))
 
 
 def run(problem: MlaProblem, arrays: MlaArrays) -> Any:
-    return build(problem, default_config(problem))(arrays)
+    return build(problem, configs.chosen("mla_prefill", problem, default_config(problem)))(arrays)
 
 
 def build(problem: MlaProblem, config: MlaConfig, interpret: Any = None) -> Callable[[MlaArrays], Any]:
@@ -159,9 +165,9 @@ class Steps(NamedTuple):
 
 def steps_of(problem: MlaProblem, config: MlaConfig, interpret: Any = None) -> Steps:
     def prepare(arrays: MlaArrays) -> tuple[_Operands, tile_list.Work]:
-        regions = tile_list.key_regions(arrays.k_start, arrays.k_length, problem.keys, KEYS)
+        regions = tile_list.key_blocks(arrays.k_start, arrays.k_length, problem.keys, KEYS)
         work = tile_list.query_tiles(problem, arrays, regions, WARPGROUPS * ROWS, KEYS, config.splits)
-        return _operands(problem, arrays, regions, work), work
+        return _operands(problem, arrays, regions, work, interpret), work
 
     def attend(operands: _Operands) -> list[jax.Array]:
         return _Kernel(partial, config, operands.tiles.shape[0], interpret).call(operands)
@@ -236,14 +242,13 @@ class _Operands(NamedTuple):
     state_lse: jax.Array | None  # float32 [H, tiles, 128]; -inf for rows without a state
 
 
-def _operands(problem: MlaProblem, arrays: MlaArrays, regions: tile_list.Regions, work: tile_list.Work) -> _Operands:
+def _operands(
+    problem: MlaProblem, arrays: MlaArrays, regions: tile_list.KeyBlocks, work: tile_list.Work, interpret: Any
+) -> _Operands:
     def stored(x: jax.Array | None, scale: jax.Array) -> jax.Array | None:
-        if x is None or x.dtype == E4M3:
-            return x
-        rows = jnp.repeat(scale, x.shape[0] // problem.instances, total_repeat_length=x.shape[0])
-        return to_stored(x, scale[0] if problem.instances == 1 else rows.reshape(-1, *[1] * (x.ndim - 1)))
+        return None if x is None else mla_prepare_sm90.cast(x, scale, interpret)
 
-    values, first_nan = tile_list.transposed_values(stored(arrays.v, arrays.v_scale), regions, KEYS)
+    values, first_nan = mla_prepare_sm90.prepare_values(problem, arrays.v, arrays.v_scale, regions, interpret=interpret)
     exponent = arrays.q_scale * arrays.k_scale * arrays.softmax_scale * LOG2E
     codes = jnp.ones_like(exponent) if arrays.output_scale is None else 1.0 / arrays.output_scale
     state = problem.state_dtype is not None

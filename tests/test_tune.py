@@ -597,5 +597,7 @@ class TestSubjects:
 
 
 def test_a_config_is_data() -> None:
-    assert tuning.config_data(DEFAULT) == {"stages": 2, "producer": True, "registers": [240, 24], "blocks": 0}
+    assert tuning.config_data(DEFAULT) == {
+        "stages": 2, "producer": True, "registers": [240, 24], "blocks": 0, "splits": 1
+    }  # fmt: skip
     assert tuning.config_data(MergeConfig(128, 8))["heads"] == "leftover"
