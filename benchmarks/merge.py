@@ -15,6 +15,7 @@ from jax_fp8attn.benchmarks.timing import Contender
 from jax_fp8attn.benchmarks.trial import Trial
 
 from jax_fp8attn import merge_attn_states, merge_attn_states_n, quantize_fp8
+from jax_fp8attn.problems import MergeArrays, MergeProblem
 from jax_fp8attn.quantize import Fp8Array, Fp8PerGroup, Fp8PerTensor
 
 SCALE = 0.05
@@ -56,11 +57,28 @@ def trial(case: Case, folder: Path | None) -> Trial:
     return Trial(
         contenders=contenders,
         sets=SETS,
-        bytes=bytes_in + _bytes_out(shape, spec, INPUTS[given]),
+        bytes=bytes_in + bytes_out(shape, spec, INPUTS[given]),
         flops=(2 * states - 1) * shape[0] * shape[1] * shape[2],
         error=lambda contender, result: _error(contender, result, expected, spec),
         bound=lambda contender: _bound(contender, output, spec),
     )
+
+
+def calls(case: Case) -> tuple[MergeProblem, list[MergeArrays], float]:
+    """The problem of a case, what to call it with, and how far two right results may be apart."""
+    output, *given = case.variant.split()
+    spec, dtype = OUTPUTS.get(output), jnp.dtype(INPUTS[given[0] if given else "bf16"])
+    shape, states = tuple(case.shape[letter] for letter in "THD"), case.shape.get("N", 2)
+    problem = MergeProblem(
+        states=states, tokens=shape[0], heads=shape[1], width=shape[2], dtype=dtype, out_dtype=dtype,
+        output_quant=spec and spec.static(), stacked=states != 2,
+    )  # fmt: skip
+    scale = jnp.full(1, SCALE) if isinstance(spec, Fp8PerTensor) else None
+    arrays = []
+    for x in (_inputs(shape, states, dtype, seed) for seed in range(SETS)):
+        outputs, lses = (x[0], x[1]) if problem.stacked else (tuple(x[::2]), tuple(x[1::2]))
+        arrays.append(MergeArrays(outputs, lses, None, scale))
+    return problem, arrays, ROUNDED[given[0] if given else "bf16"]
 
 
 def _wide(spec: Any) -> Any:
@@ -85,7 +103,7 @@ def _bytes(shape: tuple[int, ...], dtype: Any) -> int:
     return functools.reduce(lambda a, b: a * b, shape) * jnp.dtype(dtype).itemsize
 
 
-def _bytes_out(shape: tuple[int, int, int], spec: Any, dtype: Any) -> int:
+def bytes_out(shape: tuple[int, int, int], spec: Any, dtype: Any) -> int:
     if spec is None:
         return _bytes(shape, dtype)
     if isinstance(spec, Fp8PerTensor):
@@ -94,7 +112,7 @@ def _bytes_out(shape: tuple[int, int, int], spec: Any, dtype: Any) -> int:
     return _bytes(shape, jnp.uint8) + _bytes(spec.scale_shape(shape[0], groups), jnp.float32)
 
 
-def _leaves(result: Any) -> Any:
+def leaves(result: Any) -> Any:
     """Without the scale of a per-tensor result: to return an argument is a copy that no surrounding program makes."""
     if isinstance(result, Fp8Array) and isinstance(result.spec, Fp8PerTensor):
         return result.values
@@ -102,14 +120,14 @@ def _leaves(result: Any) -> Any:
 
 
 def _ours(name: str, merge: Callable[..., Any], inputs: list[list[jax.Array]], spec: Any) -> Contender:
-    function = jax.jit(lambda *a: _leaves(merge(*a, output_quant=spec, implementation=name)))
+    function = jax.jit(lambda *a: leaves(merge(*a, output_quant=spec, implementation=name)))
     return Contender(name, lambda i: function(*inputs[i]))
 
 
 def _unfused(merge: Callable[..., Any], inputs: list[list[jax.Array]], spec: Any) -> Contender:
     """The merge in the input's type, then the quantisation of what it wrote: two programs."""
     first = jax.jit(lambda *a: merge(*a, implementation="pallas"))
-    second = jax.jit(lambda x: _leaves(quantize_fp8(x.reshape(x.shape[0], -1), spec)))
+    second = jax.jit(lambda x: leaves(quantize_fp8(x.reshape(x.shape[0], -1), spec)))
     return Contender("unfused", lambda i: second(first(*inputs[i])))
 
 

@@ -1,10 +1,11 @@
 """Shapes of real models, by name: what one rank of a serving engine computes in one layer.
 
 A ``Case`` is a shape to time. In its ``shape`` T and S count the tokens of all B sequences together (B absent: one
-sequence), and all sequences of a case are equally long:
+sequence), and all sequences of a case are equally long, those of a mix apart:
 
     merge_attn_states   T tokens, H heads, D width; N states if they are not two
-    mla_prefill         T query tokens, S key tokens, H heads; widths 192 and 128, D the width of the values
+    mla_prefill         T query tokens, S key tokens, H heads; widths 192 and 128, D the width of the values; with mix,
+                        a number, sequences of the lengths ``mix(number)``
     sparse_prefill      T query tokens, H heads, topk rows a token; P rows in the prefix pool. With S, the last
                         ``WINDOW`` of the topk rows lie in the extend pool of S rows
     gdn_prefill         T tokens, Hk heads of q and k, Hv heads of v, D width
@@ -13,6 +14,7 @@ sequence), and all sequences of a case are equally long:
 from __future__ import annotations
 
 import dataclasses
+import random
 
 WINDOW = 128  # rows of DeepSeek-V4's sliding window
 TENSOR_PARALLEL = (1, 2, 4, 8, 16)
@@ -115,19 +117,54 @@ def _merge_case(tokens: int, heads: int, states: int, variant: str) -> Case:
     return Case("merge_attn_states", f"{name} N={states}", shape | {"N": states}, variant)
 
 
+def mix(number: int) -> tuple[int, ...]:
+    """Lengths of a ragged batch: 512 to 8192 tokens a sequence, as many as 16384 to 24576 tokens take."""
+    draw = random.Random(number).random  # the same in every version of Python, unlike its other methods
+    between = lambda low, high: low + int((high - low + 1) * draw())
+    tokens, lengths = between(16384, 24576), []
+    while sum(lengths) < tokens:
+        lengths.append(between(512, 8192))
+    return tuple(lengths)
+
+
+def mla_lengths(shape: dict[str, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Query tokens and key tokens of each sequence."""
+    if "mix" in shape:
+        return mix(shape["mix"]), mix(shape["mix"])
+    return (shape["T"] // shape["B"],) * shape["B"], (shape["S"] // shape["B"],) * shape["B"]
+
+
+def mla_pairs(shape: dict[str, int], causal: bool) -> int:
+    """Pairs of a query and a key that it sees; causal masks are aligned at the last row and the last key."""
+    pairs = 0
+    for queries, keys in zip(*mla_lengths(shape), strict=True):
+        rows = min(queries, keys)  # that see a key
+        pairs += rows * keys - rows * (rows - 1) // 2 if causal else queries * keys
+    return pairs
+
+
 # (query tokens, key tokens) of a sequence, sequences
 _MLA_LENGTHS = tuple((tokens, tokens, 1) for tokens in (2048, 4096, 8192, 16384, 32768))
 _MLA_RAGGED = ((512, 512, 1), (1024, 1024, 1), (4096, 4096, 2), (4096, 4096, 4), (4096, 4096, 8), (1024, 1024, 16))
 _MLA_CONTEXT = ((128, 1024, 1), (256, 2048, 1), (512, 4096, 1), (1024, 4096, 1))  # a prompt's last piece
+_MLA_FULL = ((8192, 8192, 1), (32768, 32768, 1), (4096, 4096, 4), (8192, 32768, 1), (256, 65536, 1))
+_MLA_MIXES = 8
 
 
 def _mla() -> tuple[Case, ...]:
-    every = [(size, heads, "fp8 causal") for size in _MLA_LENGTHS for heads in (8, 16, 32, 64, 128)]
-    every += [((8192, 8192, 1), heads, "fp8 full") for heads in (16, 128)]
-    every += [((32768, 32768, 1), 16, "fp8 full"), ((8192, 32768, 1), 16, "fp8 full")]
-    every += [((8192, 8192, 1), 16, "bf16 causal"), ((8192, 8192, 1), 16, "bf16 full")]
-    every += [(size, 16, "fp8 causal") for size in (*_MLA_RAGGED, *_MLA_CONTEXT)]
-    return tuple(_mla_case(*size, heads, variant) for size, heads, variant in every)
+    one, four = (8192, 8192, 1), (4096, 4096, 4)
+    every = [(size, 16, "fp8 causal") for size in (*_MLA_LENGTHS, *_MLA_RAGGED, *_MLA_CONTEXT)]
+    every += [(size, heads, "fp8 causal") for size in _MLA_LENGTHS[::2] for heads in (32, 128)]
+    every += [*((size, 16, "fp8 full") for size in _MLA_FULL), (one, 128, "fp8 full")]
+    every += [(one, 16, "bf16 full"), (one, 16, "bf16 causal"), (four, 16, "bf16 causal")]
+    every += [(size, 16, "fp8 causal from bf16") for size in (one, (32768, 32768, 1), four)]
+    every += [(one, 128, "fp8 causal from bf16"), (one, 16, "fp8 full from bf16")]
+    every += [(s, 16, f"fp8 causal to {to}") for s in (one, four) for to in ("fp8_tensor", "fp8_group128_ue8m0_packed")]
+    every += [(one, 16, "fp8 causal with a state"), (one, 16, "fp8 full with a state")]
+    every += [((256, keys, 1), 16, "fp8 full V of mean 1") for keys in (8192, 32768, 131072)]
+    every += [((8192, 5 * 8192, 1), 16, "fp8 causal in chunks")]
+    mixes = tuple(_mla_mix(number, 16, "fp8 causal") for number in range(_MLA_MIXES))
+    return (*(_mla_case(*size, heads, variant) for size, heads, variant in every), *mixes)
 
 
 def _mla_case(tokens: int, keys: int, sequences: int, heads: int, variant: str) -> Case:
@@ -135,6 +172,13 @@ def _mla_case(tokens: int, keys: int, sequences: int, heads: int, variant: str) 
     size = size if sequences == 1 else f"{sequences} x {size}"
     shape = {"B": sequences, "T": sequences * tokens, "S": sequences * keys, "H": heads, "D": 128}
     return Case("mla_prefill", f"{ranks(MLA_MODELS, H=heads)}, {size}", shape, variant)
+
+
+def _mla_mix(number: int, heads: int, variant: str) -> Case:
+    lengths = mix(number)
+    shape = {"B": len(lengths), "T": sum(lengths), "S": sum(lengths), "H": heads, "D": 128, "mix": number}
+    name = f"{ranks(MLA_MODELS, H=heads)}, mix {number} of {len(lengths)}, T={sum(lengths)}"
+    return Case("mla_prefill", name, shape, variant)
 
 
 _V4_RANKS = (

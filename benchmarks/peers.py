@@ -22,7 +22,7 @@ VLLM_LIBRARY = "_C_stable_libtorch.abi3.so"
 # FlashAttention-3 as its authors release it (the wheel fa3-fwd; there the file is _C.abi3.so), and vLLM's fork of it
 FA3_LIBRARIES = {"fa3": ("fa3_fwd_C.abi3.so", "fa3_fwd"), "fa3 vllm": ("_vllm_fa3_C.abi3.so", "_vllm_fa3_C")}
 FA3_DEFAULTS = {
-    "window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "is_rotary_interleaved": True, "num_splits": 1,
+    "window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "is_rotary_interleaved": True,
     "sm_margin": 0, "cp_world_size": 1, "cp_rank": 0,
 }  # fmt: skip
 
@@ -46,7 +46,9 @@ _loading = threading.Lock()
 
 
 def merges(folder: Path | None) -> dict[str, Callable[..., None]]:
-    """vLLM's merges by name, as f(output, prefix, prefix_lse, suffix, suffix_lse, output_scale) on torch tensors."""
+    """vLLM's merges by name, as f(output, prefix, prefix_lse, suffix, suffix_lse, output_scale, output_lse=None).
+
+    On torch tensors, lse [H, T]."""
     with _loading:  # a library registers its operators once
         return _merges(folder)
 
@@ -58,18 +60,23 @@ def _merges(folder: Path | None) -> dict[str, Callable[..., None]]:
         return found
     if file := find(folder, VLLM_TRITON_MERGE):
         triton_merge = _vllm_module(file).merge_attn_states
-        found["vllm triton"] = lambda out, a, la, b, lb, scale: triton_merge(out, a, la, b, lb, output_scale=scale)
+        found["vllm triton"] = lambda out, a, la, b, lb, scale, out_lse=None: triton_merge(
+            out, a, la, b, lb, output_lse=out_lse, output_scale=scale
+        )
     if file := find(folder, VLLM_LIBRARY):
         import torch
 
         torch.ops.load_library(str(file))
         merge = torch.ops._C.merge_attn_states
-        found["vllm cuda"] = lambda out, a, la, b, lb, scale: merge(out, None, a, la, b, lb, None, scale)
+        found["vllm cuda"] = lambda out, a, la, b, lb, scale, out_lse=None: merge(
+            out, out_lse, a, la, b, lb, None, scale
+        )
     return found
 
 
 def fa3(folder: Path | None) -> dict[str, Callable[..., Any]]:
-    """FlashAttention-3 by name as f(q, k, v, out, causal, cu_q, cu_k, longest) on packed rows, ``longest`` of q and k.
+    """FlashAttention-3 by name as f(q, k, v, out, causal, cu_q, cu_k, longest, splits=1) -> (out, lse [H, T]) on packed
+    rows: ``longest`` sequence of q and of k; ``splits`` of the keys, 0: as many as its heuristic takes.
 
     The release adds all products in the tensor cores' own sum; vLLM's fork adds e4m3 ones in float32 block by block.
     """
@@ -90,17 +97,26 @@ def _fa3(folder: Path | None) -> dict[str, Callable[..., Any]]:
 
 
 def _fa3_forward(
-    operator: Any, q: Any, k: Any, v: Any, out: Any, causal: bool, cu_q: Any, cu_k: Any, longest: tuple[int, int]
-) -> Any:
+    operator: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    causal: bool,
+    cu_q: Any,
+    cu_k: Any,
+    longest: tuple[int, int],
+    splits: int = 1,
+) -> tuple[Any, Any]:
     given = {
         "q": q, "k": k, "v": v, "out": out, "softmax_scale": q.shape[-1] ** -0.5, "is_causal": causal,
         "cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": longest[0], "max_seqlen_k": longest[1],
+        "num_splits": splits,
     }  # fmt: skip
     if q.element_size() == 1:
         one = _ones(len(cu_q) - 1, k.shape[-2])
         given |= {"q_descale": one, "k_descale": one, "v_descale": one}
-    operator(*_by_schema(operator, FA3_DEFAULTS | given))
-    return out
+    return out, operator(*_by_schema(operator, FA3_DEFAULTS | given))[1]
 
 
 @functools.cache

@@ -19,10 +19,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_fp8attn.quantize import cast_fp8
+
 MARKER = "fp8attn_marker"
 BEYOND_L2 = 1 << 28  # bytes: five times the L2 of an H200
 ROUNDS = 31
-DISPATCHES = 100
+DISPATCHES = (10, 100)  # calls whose host time is taken: as many as take the device this long
+DISPATCHED = 2e5  # microseconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Times:
 
 def measure(contenders: Sequence[Contender], sets: int, rounds: int = ROUNDS) -> dict[str, Times]:
     """Times every contender ``rounds`` times, in turns. All must have run once before: compiling is not timed."""
+    if not contenders:
+        return {}
     mark, flush = _marker(), _flush()
     calls: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -73,20 +78,21 @@ def measure(contenders: Sequence[Contender], sets: int, rounds: int = ROUNDS) ->
             raise RuntimeError(f"{contender.name}: a call without a kernel in the trace")
         samples = [sum(duration for _, duration in segment) for segment in own]
         names = [name for name, _ in own[-1]]
-        result[contender.name] = Times.of(samples, _dispatch(contender, sets), names)
+        calls_of_it = int(max(DISPATCHES[0], min(DISPATCHES[1], DISPATCHED / statistics.median(samples))))
+        result[contender.name] = Times.of(samples, _dispatch(contender, sets, calls_of_it), names)
     return result
 
 
-def _dispatch(contender: Contender, sets: int) -> float:
+def _dispatch(contender: Contender, sets: int, number: int) -> float:
     """Host time of a call, device idle at its start; calls are not waited for."""
     outputs = [contender.call(0)]
     _finish(outputs)
     start = time.perf_counter()
-    for number in range(DISPATCHES):
-        outputs[0] = contender.call(number % sets)
+    for call in range(number):
+        outputs[0] = contender.call(call % sets)
     taken = time.perf_counter() - start
     _finish(outputs)
-    return 1e6 * taken / DISPATCHES
+    return 1e6 * taken / number
 
 
 def _finish(outputs: Any) -> Any:
@@ -163,10 +169,40 @@ def copy_tbps(bytes_copied: int = 1 << 30) -> float:
     return 2 * bytes_copied / min(t.median for t in times.values()) / 1e6
 
 
-def gemm_tflops(size: int = 8192) -> float:
+def gemm_tflops(size: int = 8192) -> float | None:
     """A bf16 product through XLA."""
     a, b = (jax.random.normal(jax.random.key(n), (size, size), jnp.bfloat16) for n in (0, 1))
     product = jax.jit(jnp.dot)
-    contender = Contender("bf16", lambda _: product(a, b))
-    _finish(contender.call(0))
-    return 2 * size**3 / measure([contender], 1)["bf16"].median / 1e6
+    return _fastest_tflops([Contender("bf16", lambda _: product(a, b))], size)
+
+
+def fp8_gemm_tflops(size: int = 8192) -> float | None:
+    """The fastest e4m3 product at hand, summed as fast as the device can: XLA's, and PyTorch's if it is there."""
+    a, b = (cast_fp8(jax.random.normal(jax.random.key(n), (size, size), jnp.bfloat16)) for n in (0, 1))
+    fast = jax.lax.DotAlgorithmPreset.ANY_F8_ANY_F8_F32_FAST_ACCUM
+    options = {"dimension_numbers": (((1,), (1,)), ((), ())), "preferred_element_type": jnp.bfloat16}
+    product = jax.jit(functools.partial(jax.lax.dot_general, precision=fast, **options))
+    contenders = [Contender("xla", lambda _: product(a, b))]
+    try:
+        import torch
+
+        x, y = (torch.randn(size, size, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
+        scales = {name: torch.ones((), device="cuda") for name in ("scale_a", "scale_b")}
+        multiply = functools.partial(torch._scaled_mm, out_dtype=torch.bfloat16, use_fast_accum=True, **scales)
+        contenders.append(Contender("torch", lambda _: multiply(x, y.t())))
+    except (ImportError, AttributeError, AssertionError, RuntimeError):  # no PyTorch, or one without CUDA or FP8
+        pass
+    return _fastest_tflops(contenders, size)
+
+
+def _fastest_tflops(contenders: Sequence[Contender], size: int) -> float | None:
+    """None if none of them runs."""
+    able = []
+    for contender in contenders:
+        try:
+            _finish(contender.call(0))
+            able.append(contender)
+        except (RuntimeError, ValueError, TypeError):  # XLA's and PyTorch's; what a device cannot do
+            pass
+    times = measure(able, 1) if able else {}
+    return 2 * size**3 / min(t.median for t in times.values()) / 1e6 if times else None

@@ -63,7 +63,7 @@ def _absent(name: str, what: str) -> Candidate:
 CANDIDATES: dict[str, tuple[Candidate, ...]] = {
     "mla_prefill": _table(
         "mla_prefill",
-        _absent("pallas", "the Hopper kernel of mla_prefill"),
+        Candidate("pallas", "jax_fp8attn.pallas.mla_prefill_sm90", platforms=("cuda",)),
         _absent("aiter", "the AITER call of mla_prefill"),
         _absent("flashinfer", "the FlashInfer call of mla_prefill"),
     ),
@@ -223,9 +223,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain_problem(
-    op: str, problem: Any, implementation: Implementation = None, notes: Sequence[str] = ()
-) -> Explanation:
+def explain_problem(op: str, problem: Any, implementation: Implementation = None) -> Explanation:
     device = current_device()
     try:
         taken = select(op, problem, implementation, device)
@@ -235,7 +233,13 @@ def explain_problem(
         Verdict(candidate.name, candidate.name == taken, _reasons(candidate, problem, device))
         for candidate in CANDIDATES[op]
     )
-    return Explanation(op, problem, device, rows, tuple(notes))
+    return Explanation(op, problem, device, rows, _notes(op, taken, problem))
+
+
+def _notes(op: str, taken: str | None, problem: Any) -> tuple[str, ...]:
+    """What the implementation itself says of a call, in its function ``notes``."""
+    module = taken and importlib.import_module(_by_name(op, taken).module)
+    return tuple(module.notes(problem)) if hasattr(module, "notes") else ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,10 +311,10 @@ EXPLAINABLE = frozenset(
 )
 
 
-def call(op: Op, problem: Any, arrays: Any, implementation: Implementation, notes: Sequence[str] = ()) -> Any:
-    """The one way from a public op to a backend: selects, then runs. ``notes`` are for ``explain``."""
+def call(op: Op, problem: Any, arrays: Any, implementation: Implementation) -> Any:
+    """The one way from a public op to a backend: selects, then runs."""
     if _explaining.get():
-        raise _Explained(explain_problem(op.name, problem, implementation, notes))
+        raise _Explained(explain_problem(op.name, problem, implementation))
     name = select(op.name, problem, implementation)
     return execute(op, problem, (name, elsewhere(op.name, name, implementation)), arrays)
 

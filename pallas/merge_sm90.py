@@ -19,7 +19,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jax_fp8attn.pallas.common import rows
+from jax_fp8attn.pallas.common import configs, rows
 from jax_fp8attn.pallas.common.backend import reciprocal, share_of, store, to_e4m3, varying_like
 from jax_fp8attn.pallas.common.groups import group_scale, largest_magnitude
 
@@ -119,7 +119,7 @@ def supports(problem: MergeProblem, device: Device) -> tuple[str, ...]:
 
 
 def run(problem: MergeProblem, arrays: MergeArrays) -> Any:
-    return build(problem, default_config(problem))(arrays)
+    return build(problem, configs.chosen("merge_attn_states", problem, default_config(problem)))(arrays)
 
 
 def build(problem: MergeProblem, config: MergeConfig, interpret: Any = None) -> Callable[[MergeArrays], Any]:

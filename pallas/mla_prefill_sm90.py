@@ -1,16 +1,19 @@
 """``mla_prefill`` on Hopper: two consumer warpgroups of 64 query rows and a producer, ragged, in FP8 and in bf16.
 
 A block computes one tile: up to 128 query rows of one sequence and one head, against that sequence's keys in blocks
-counted from its first key, so that a sequence is computed alike wherever it stands in a batch. The consumers take
-turns: the products of one, scores of a block of keys and values of the block before, run while the other one computes
-probabilities.
+counted from its first key, so that a sequence is computed alike wherever it stands in a batch. A consumer starts the
+scores of a block of keys and the products with the values of the block before together, and computes probabilities
+while the other consumer has the tensor cores.
 
 FP8: Hopper's products keep about 13 bits of their sum: each block of keys gets a sum of its own, and the blocks are
-added in float32. V comes transposed and without NaN, with a list of where they were.
+added in float32. The largest score is looked for beside the products with the values. V comes transposed and without
+NaN, with a list of where they were. Where few tiles meet many keys, the blocks of keys that a tile sees are split over
+several tiles of the list, each with float32 rows of its own, and the kernel of ``merge_attn_states`` makes the result
+of them.
 
-bf16: products add to float32 sums. V comes as it is. A key that a row does not see has probability 0, and 0 times NaN
-is NaN: in the blocks that not all rows see the consumers look for NaN and infinities, clear them and note where they
-were. Outputs and earlier states share the memory of the queries.
+bf16: products add to float32 sums, and the consumers take turns with the tensor cores. V comes as it is. A key that a
+row does not see has probability 0, and 0 times NaN is NaN: in the blocks that not all rows see the consumers look for
+NaN and infinities, clear them and note where they were. Outputs and earlier states share the memory of the queries.
 """
 
 from __future__ import annotations
@@ -27,14 +30,15 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax_fp8attn.pallas.common import hopper, tile_list
+from jax_fp8attn.pallas import merge_sm90, mla_prepare_sm90
+from jax_fp8attn.pallas.common import configs, hopper, tile_list
 from jax_fp8attn.pallas.common.backend import to_e4m3, varying_like
 from jax_fp8attn.pallas.common.groups import finite_magnitude, group_scale
 from jax_fp8attn.pallas.common.hopper import full_row, row_max, spread
 
 from jax_fp8attn import offsets
 from jax_fp8attn.dispatch import Device
-from jax_fp8attn.problems import MlaArrays, MlaProblem
+from jax_fp8attn.problems import MergeArrays, MergeProblem, MlaArrays, MlaProblem
 from jax_fp8attn.quantize import (
     E4M3,
     Fp8Array,
@@ -42,24 +46,32 @@ from jax_fp8attn.quantize import (
     Fp8PerTensor,
     physical_scales,
     quantize_output,
-    to_stored,
 )
 
 LOG2E, LN2 = math.log2(math.e), math.log(2.0)
 WARPGROUPS, ROWS = 2, 64  # of consumers, and query rows of each
 NOPE, ROPE, VALUES = 128, 64, 128
 KEYS = 128  # of a block; copies of V^T start at multiples of it
-PIECE = 32  # columns that are masked at once
+PIECE = 16  # columns that are masked at once, in bf16 two of them where they fit
 NEVER = np.iinfo(np.int32).max
 RESIDENT = 24 << 20  # bytes of keys and values that half of the L2 holds
 TINY = 2.0**-126  # the smallest normal float32: what lies below may have been flushed to zero
+SMS = 132  # of an H200, a tile each
+TILE, BLOCK = 5.8, 1.3  # microseconds that a tile takes, and each of its blocks of keys
+MERGE, MEMORY = 5.0, 4e6  # microseconds of a merge, and bytes a microsecond
+MOST_SPLITS, LEAST_BLOCKS = 16, 8  # of keys in a split
+WORTHWHILE = 0.9  # of the time without splits
+MERGE_REGISTERS = 64  # of a thread for the states that it merges
 LIFT = 8.0  # probabilities are stored times 2^8: the smallest stay normal numbers of e4m3
+
+NOTED = 3  # kinds of values that are no numbers
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
     """How operands stand in shared memory, and what follows.
 
+    name      of ``compute``
     dtype     of q, k, v, and of probabilities as an operand
     parts     of a row of q and k: first column and width; one swizzled row each
     prepared  V comes transposed, and values of a block of keys are a sum of their own; else V comes as it is, and
@@ -67,6 +79,7 @@ class Format:
     lift      probabilities are stored times 2^lift
     """
 
+    name: str
     dtype: np.dtype
     parts: tuple[tuple[int, int], ...]
     prepared: bool
@@ -81,9 +94,8 @@ class Format:
         return LIFT if self.prepared else 0.0
 
 
-FP8 = Format(np.dtype(E4M3), ((0, NOPE), (NOPE, ROPE)), True)
-BF16 = Format(np.dtype(jnp.bfloat16), tuple((first, 64) for first in range(0, NOPE + ROPE, 64)), False)
-NOTED = 3  # kinds of values that are no numbers
+FP8 = Format("fp8", np.dtype(E4M3), ((0, NOPE), (NOPE, ROPE)), True)
+BF16 = Format("bf16", np.dtype(jnp.bfloat16), tuple((first, 64) for first in range(0, NOPE + ROPE, 64)), False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +107,11 @@ class MlaConfig:
     registers  of a consumer's and of the producer's thread; without a producer both have what the compiler gives
     blocks     that work off all tiles one after the other, the next tile's operands loaded ahead; 0: a block a tile.
                Needs a producer
+    splits     of the keys that a tile sees, each a tile of its own; the results are merged. 1: none, as in bf16
     format     of the operands
+
+    In bf16 alone:
+
     keys       of a block
     turn       when the other consumer may start its products: when a consumer's own are "issued", when its "scores" are
                there, or when all are "done"
@@ -108,6 +124,7 @@ class MlaConfig:
     producer: bool = True
     registers: tuple[int, int] = (240, 24)
     blocks: int = 0
+    splits: int = 1
     format: Format = FP8
     keys: int = KEYS
     turn: str = "done"
@@ -117,8 +134,9 @@ class MlaConfig:
 
     def __post_init__(self) -> None:
         consumer, producer = self.registers
-        if self.format.prepared and self.keys != KEYS:
-            raise ValueError(f"keys of a block are {KEYS} in FP8: {self}")
+        own = (self.keys, self.turn, self.tail, self.beside, self.parted)
+        if self.format.prepared and own != (KEYS, "done", 0, 0, False):
+            raise ValueError(f"keys, turn, tail, beside and parted are for bf16: {self}")
         if not 0 <= 32 * self.tail < self.keys * self.format.size:
             raise ValueError(f"tail must be less than all products of a block: {self}")
         if self.keys % 16 or self.beside % self.piece or not 0 <= self.beside <= self.keys:
@@ -131,13 +149,15 @@ class MlaConfig:
             raise ValueError(f"blocks that take several tiles need a producer: {self}")
         if any(r % 8 for r in self.registers) or 128 * (WARPGROUPS * consumer + producer) > 65536:
             raise ValueError(f"registers must be multiples of 8 and fit into 65536: {self}")
+        if self.splits < 1 or (self.splits > 1 and not self.format.prepared):
+            raise ValueError(f"a tile has one split at least, and in bf16 no more: {self}")
         if self.shared_memory > 232448:
             raise ValueError(f"{self.shared_memory} bytes of shared memory, a block can have 232448: {self}")
 
     @property
     def piece(self) -> int:
         """Columns of scores that are masked at once, and computed at once where not all are."""
-        return PIECE if self.keys % PIECE == 0 else 16
+        return PIECE if self.format.prepared or self.keys % (2 * PIECE) else 2 * PIECE
 
     @property
     def shared_memory(self) -> int:
@@ -154,26 +174,53 @@ def default_config(problem: MlaProblem) -> MlaConfig:
     states take more memory than the queries."""
     producer = jax.__version_info__ < (0, 12)
     if problem.compute == "fp8":
-        return MlaConfig(producer=producer)
+        return MlaConfig(producer=producer, splits=_best_splits(problem))
     out_dtype = None if problem.output_quant is not None else problem.out_dtype
     keys = 112 if np.float32 in (problem.state_dtype, out_dtype) else 128
     # half of the probabilities take about as long as a product of values
     return MlaConfig(producer=producer, format=BF16, keys=keys, tail=1, beside=64, parted=True)
 
 
+def _best_splits(problem: MlaProblem) -> int:
+    """The splits with the least estimated time, for sequences of equal lengths; none if they gain too little."""
+    if not (problem.tokens and problem.keys and problem.sequences and problem.heads):
+        return 1
+    tokens, keys = (-(-x // problem.sequences) for x in (problem.tokens, problem.keys))
+    tiles = problem.heads * problem.sequences * -(-tokens // (WARPGROUPS * ROWS))
+    longest = -(-keys // KEYS)
+    mean = longest - min(tokens, keys) / (2 * KEYS) if problem.causal else longest
+    partials = 2 * 4 * VALUES * problem.tokens * problem.heads / MEMORY  # of one split, written and read
+
+    def estimate(splits: int) -> float:
+        waves = -(-splits * tiles // SMS)
+        attend = max(waves * (TILE + BLOCK * mean / splits), TILE + BLOCK * -(-longest // splits))
+        return attend + (MERGE + splits * partials if splits > 1 else 0.0)
+
+    best = min(range(1, max(1, min(MOST_SPLITS, int(mean) // LEAST_BLOCKS)) + 1), key=estimate)
+    return best if estimate(best) < WORTHWHILE * estimate(1) else 1
+
+
 def supports(problem: MlaProblem, device: Device) -> tuple[str, ...]:
+    reasons = []
     if device.compute_capability != (9, 0):
-        return (f"needs compute capability 9.0, the device has {device.compute_capability}",)
-    return ()
+        reasons.append(f"needs compute capability 9.0, the device has {device.compute_capability}")
+    return (*reasons, *(mla_prepare_sm90.supports(problem) if problem.compute == "fp8" else ()))
+
+
+def notes(problem: MlaProblem) -> tuple[str, ...]:
+    splits = default_config(problem).splits
+    found = [f"keys in {splits} splits, merged by the kernel of merge_attn_states"] if splits > 1 else []
+    where = "the merge" if splits > 1 else "the attention kernel"
+    return (*found, *([f"FP8 output: fused into {where}"] if problem.output_quant is not None else []))
 
 
 def run(problem: MlaProblem, arrays: MlaArrays) -> Any:
-    return build(problem, default_config(problem))(arrays)
+    return build(problem, configs.chosen("mla_prefill", problem, default_config(problem)))(arrays)
 
 
 def build(problem: MlaProblem, config: MlaConfig, interpret: Any = None) -> Callable[[MlaArrays], Any]:
     """The op for one problem as a function of its arrays."""
-    if config.format.prepared != (problem.compute == "fp8"):
+    if config.format.name != problem.compute:
         raise ValueError(f"the problem computes in {problem.compute}, not so the configuration: {config}")
     steps = steps_of(problem, config, interpret)
 
@@ -192,20 +239,29 @@ class Steps(NamedTuple):
 
     prepare: Callable[[MlaArrays], Any]  # casts, transposes V, lists the tiles
     attend: Callable[[Any], list[jax.Array]]  # the kernel
-    finish: Callable[..., Any]  # picks each token's lse and scales
+    finish: Callable[..., Any]  # picks each token's lse and scales; merges splits
 
 
 def steps_of(problem: MlaProblem, config: MlaConfig, interpret: Any = None) -> Steps:
     def prepare(arrays: MlaArrays) -> tuple[_Operands, tile_list.Work]:
-        regions = tile_list.key_regions(arrays.k_start, arrays.k_length, problem.keys, KEYS)
-        work = tile_list.query_tiles(problem, arrays, regions, WARPGROUPS * ROWS)
-        operands = _operands if config.format.prepared else _wide_operands
-        return operands(problem, arrays, regions, work), work
+        regions = tile_list.key_blocks(arrays.k_start, arrays.k_length, problem.keys, KEYS)
+        work = tile_list.query_tiles(problem, arrays, regions, WARPGROUPS * ROWS, KEYS, config.splits)
+        if config.format.prepared:
+            return _operands(problem, arrays, regions, work, interpret), work
+        return _wide_operands(problem, arrays, work), work
 
     def attend(operands: _Operands) -> list[jax.Array]:
-        return _Kernel(problem, config, operands.tiles.shape[0], interpret).call(operands)
+        return _Kernel(partial, config, operands.tiles.shape[0], interpret).call(operands)
 
-    return Steps(prepare, attend, lambda arrays, work, results: _result(problem, arrays, work, *results))
+    def finish(arrays: MlaArrays, work: tile_list.Work, results: list[jax.Array]) -> Any:
+        if config.splits == 1:
+            return _result(problem, arrays, work, *results)
+        return _merged_splits(problem, arrays, work, *results, interpret=interpret)
+
+    partial = problem
+    if config.splits > 1:
+        partial = dataclasses.replace(problem, out_dtype=jnp.dtype(jnp.float32), output_quant=None)
+    return Steps(prepare, attend, finish)
 
 
 def _without_keys(problem: MlaProblem, arrays: MlaArrays) -> Any:
@@ -224,7 +280,7 @@ def _without_keys(problem: MlaProblem, arrays: MlaArrays) -> Any:
 def _result(problem: MlaProblem, arrays: MlaArrays, work: tile_list.Work, out: jax.Array, *tiled: jax.Array) -> Any:
     """lse and scales leave the kernel tile by tile; here each token's are picked."""
     spec = problem.output_quant
-    by_token = [tile_list.rows_of_tiles(x, work) for x in tiled]
+    by_token = [tile_list.rows_of_tiles(x, work)[0] for x in tiled]
     if isinstance(spec, Fp8PerTensor):
         scale = arrays.output_scale
         out = Fp8Array(out, scale[0] if problem.instances == 1 else scale, spec, problem.tokens)
@@ -232,6 +288,25 @@ def _result(problem: MlaProblem, arrays: MlaArrays, work: tile_list.Work, out: j
         scales = by_token.pop().transpose(2, 0, 1).reshape(problem.tokens, -1)  # [H, groups of a head, T] before
         out = Fp8Array(out, physical_scales(scales, spec), spec, problem.tokens)
     return (out, by_token[0]) if problem.return_lse else out
+
+
+def _merged_splits(
+    problem: MlaProblem, arrays: MlaArrays, work: tile_list.Work, out: jax.Array, lse: jax.Array, interpret: Any
+) -> Any:
+    """The first split holds the initial state."""
+    splits = work.place.shape[0]
+    states = MergeProblem(
+        splits, problem.tokens, problem.heads, VALUES, out.dtype, jnp.dtype(problem.out_dtype), problem.output_quant,
+        problem.return_lse, stacked=True, instances=problem.instances,
+    )  # fmt: skip
+    config = merge_sm90.default_config(states)
+    if splits * config.vector > MERGE_REGISTERS:
+        config = dataclasses.replace(config, vector=min(config.vector, 4))
+    given = MergeArrays(
+        out.reshape(splits, problem.tokens, *out.shape[1:]), tile_list.rows_of_tiles(lse, work), None,
+        arrays.output_scale,
+    )  # fmt: skip
+    return merge_sm90.build(states, config, interpret)(given)
 
 
 class _Operands(NamedTuple):
@@ -243,19 +318,18 @@ class _Operands(NamedTuple):
     v: jax.Array  # [S, H, 128]; e4m3 [H, 128, columns], columns in regions that start at multiples of 128, 0 for NaN
     first_nan: jax.Array | None  # e4m3: int32 [B, H, 128], the first key of a sequence with NaN in a column of V
     scales: jax.Array  # float32 [instances, 3]: of the exponent in base 2, of the output, of its codes
-    tiles: jax.Array  # int32 [tiles, FIELDS]
+    tiles: jax.Array  # int32 [tiles, FIELDS or SPLIT_FIELDS]
     state_out: jax.Array | None  # [T, H, 128]
     state_lse: jax.Array | None  # float32 [H, tiles, 128]; -inf for rows without a state
 
 
-def _operands(problem: MlaProblem, arrays: MlaArrays, regions: tile_list.Regions, work: tile_list.Work) -> _Operands:
+def _operands(
+    problem: MlaProblem, arrays: MlaArrays, regions: tile_list.KeyBlocks, work: tile_list.Work, interpret: Any
+) -> _Operands:
     def stored(x: jax.Array | None, scale: jax.Array) -> jax.Array | None:
-        if x is None or x.dtype == E4M3:
-            return x
-        rows = jnp.repeat(scale, x.shape[0] // problem.instances, total_repeat_length=x.shape[0])
-        return to_stored(x, scale[0] if problem.instances == 1 else rows.reshape(-1, *[1] * (x.ndim - 1)))
+        return None if x is None else mla_prepare_sm90.cast(x, scale, interpret)
 
-    values, first_nan = tile_list.transposed_values(stored(arrays.v, arrays.v_scale), regions, KEYS)
+    values, first_nan = mla_prepare_sm90.prepare_values(problem, arrays.v, arrays.v_scale, regions, interpret=interpret)
     exponent = arrays.q_scale * arrays.k_scale * arrays.softmax_scale * LOG2E
     return _Operands(
         stored(arrays.q, arrays.q_scale), stored(arrays.k, arrays.k_scale), stored(arrays.k_rope, arrays.k_scale),
@@ -263,9 +337,7 @@ def _operands(problem: MlaProblem, arrays: MlaArrays, regions: tile_list.Regions
     )  # fmt: skip
 
 
-def _wide_operands(
-    problem: MlaProblem, arrays: MlaArrays, regions: tile_list.Regions, work: tile_list.Work
-) -> _Operands:
+def _wide_operands(problem: MlaProblem, arrays: MlaArrays, work: tile_list.Work) -> _Operands:
     """In bf16: only operands of FP8 have scales."""
     factor = lambda x, scale: scale if x.dtype == E4M3 else jnp.ones_like(scale)
     k, k_rope, k_scale = arrays.k, arrays.k_rope, factor(arrays.k, arrays.k_scale)
@@ -340,6 +412,8 @@ class _Tile(NamedTuple):
     key_count: Any
     sequence: Any
     instance: Any
+    first_output: Any
+    skipped: Any  # keys of the sequence, by splits before this one
     blocks: Any  # of keys, at least one
     before: Any  # blocks of keys that this block of threads has worked off
 
@@ -351,7 +425,7 @@ class _Tile(NamedTuple):
 class _Results(NamedTuple):
     """What the kernel writes."""
 
-    out: Any  # [T, H, 128]
+    out: Any  # [splits * T, H, 128]
     lse: Any  # [H, tiles, 128]
     scales: Any  # [H, groups, tiles, 128] or None
 
@@ -455,16 +529,16 @@ class _Products(NamedTuple):
         plgpu.commit_smem()
         return functools.reduce(jnp.add, products)
 
-    def start_values(self, operand: Any, slot: Any, earlier: Any) -> Any:
+    def start_values(self, operand: Any, slot: Any, earlier: Any = None) -> Any:
         """[64, 128], of bf16 added to the earlier ones."""
         prepared, values = self.config.format.prepared, self.smem.v[1]
         if not self.interpreted:
             pairs = [(operand, values.at[slot], 128)]
-            return hopper.start((ROWS, VALUES), pairs, None if prepared else earlier, self.config.tail)
+            return hopper.start((ROWS, VALUES), pairs, earlier, self.config.tail)
         values = values[slot].T if prepared else jnp.concatenate([values[slot, half] for half in range(2)], axis=1)
         product = jnp.dot(operand.astype(jnp.float32), values.astype(jnp.float32))
         plgpu.commit_smem()
-        return product if prepared else earlier + product
+        return product if earlier is None else earlier + product
 
     def scores(self, pending: Any, slot: Any, younger: int = 0) -> Any:
         """The result; the keys are free then."""
@@ -498,9 +572,9 @@ class _Products(NamedTuple):
         if not self.interpreted:
             hopper.wait(1)
 
-    def part(self) -> None:
-        if self.config.parted and not self.interpreted:
-            hopper.part()
+    def end_of_block(self) -> None:
+        if not self.interpreted:
+            hopper.end_of_block()
 
 
 class _Cleaner(NamedTuple):
@@ -591,7 +665,7 @@ class _Kernel:
         return plgpu.kernel(
             fp8attn_mla_prefill_sm90,
             out_type=[
-                jax.ShapeDtypeStruct((problem.tokens, problem.heads, VALUES), self.out_dtype),
+                jax.ShapeDtypeStruct((self.config.splits * problem.tokens, problem.heads, VALUES), self.out_dtype),
                 jax.ShapeDtypeStruct((problem.heads, self.tiles, WARPGROUPS * ROWS), jnp.float32),
                 *([scales] if self.groups else []),
             ],
@@ -679,7 +753,8 @@ class _Kernel:
                 plgpu.set_max_registers(self.config.registers[0], action="increase")
             done = self._each_tile(gmem, lambda tile: self._consume(gmem, products, tile, results))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            pl.when((warpgroup == 0) & (done > 0))(products.wait_for_turn)  # the last one passed
+            if not self.config.format.prepared:
+                pl.when((warpgroup == 0) & (done > 0))(products.wait_for_turn)  # the last one passed
 
         if self.config.producer:
 
@@ -723,6 +798,8 @@ class _Kernel:
         """Head and tile in the order of work: a group of heads whose keys and values fit into the L2 together, the
         longest tiles of all of them first, then the next group."""
         heads = self.problem.heads
+        if self.config.splits > 1:  # few tiles, at work together
+            return lax.rem(number, heads), lax.div(number, heads)
         groups = -(-heads // max(1, min(heads, RESIDENT // self._bytes_of_keys)))
         size = -(-heads // groups)
         group, rest = lax.div(number, size * self.tiles), lax.rem(number, size * self.tiles)
@@ -731,13 +808,17 @@ class _Kernel:
 
     def _tile(self, gmem: _Operands, number: Any, before: Any) -> _Tile:
         head, index = self._place(number)
-        field = lambda name: gmem.tiles[index, tile_list.FIELDS.index(name)]
-        rows, visible, key_count = field("rows"), field("visible"), field("key_count")
-        most = jnp.minimum(visible + rows - 1, key_count) if self.problem.causal else key_count
+        field = lambda name: gmem.tiles[index, tile_list.SPLIT_FIELDS.index(name)]
+        first_query, rows, visible, key_count = map(field, ("first_query", "rows", "visible", "key_count"))
+        keys = self.config.keys
+        if self.config.splits == 1:
+            most = jnp.minimum(visible + rows - 1, key_count) if self.problem.causal else key_count
+            own = first_query, 0, jnp.maximum(lax.div(most + (keys - 1), keys), 1)
+        else:
+            own = map(field, ("first_output", "skipped", "blocks"))
         return _Tile(
-            number, index, head, field("first_query"), rows, field("first_key"), field("first_column"), visible,
-            key_count, field("sequence"), field("instance"),
-            jnp.maximum(lax.div(most + (self.config.keys - 1), self.config.keys), 1), before,
+            number, index, head, first_query, rows, field("first_key"), field("first_column"), visible, key_count,
+            field("sequence"), field("instance"), *own, before,
         )  # fmt: skip
 
     def _consume(self, gmem: _Operands, products: _Products, tile: _Tile, results: _Results) -> None:
@@ -761,7 +842,8 @@ class _Kernel:
         # the largest score is looked for before it is scaled
         pl.when(exponent < 0)(lambda: self._negate_queries(smem, warpgroup))
         exponent = jnp.where(exponent < 0, -exponent, exponent)
-        pl.when((warpgroup == 1) & (tile.before == 0))(products.pass_turn)
+        if not prepared:
+            pl.when((warpgroup == 1) & (tile.before == 0))(products.pass_turn)
         slot = tile.slot(0, config.stages)
         plgpu.barrier_wait(smem.k_there.at[slot])
         s = products.scores(products.start_scores(slot), slot)
@@ -769,7 +851,7 @@ class _Kernel:
             plgpu.layout_cast(jnp.zeros((ROWS, VALUES), jnp.float32), hopper.ACCUMULATOR),
             full_row(-jnp.inf, ROWS), hopper.no_sum(ROWS), full_row(0.0, ROWS),
         )  # fmt: skip
-        p, state = self._softmax(tile, exponent, s, state, local, 0)
+        p, state = self._probabilities(*self._scaled(tile, exponent, s, state, local, 0), state, local)
         plgpu.barrier_wait(smem.v_there.at[slot])
         if cleaner:
 
@@ -785,8 +867,10 @@ class _Kernel:
                 pl.when((warpgroup == 0) & (number > 1))(lambda: loader.refill_v(number - 2))
 
         def step(tile: _Tile, local: Any = None) -> Callable[[Any, Any], Any]:
+            if prepared:
+                return lambda number, carry: self._step(tile, products, exponent, refill, local, number, carry)
             own = None if local is None else cleaner
-            return lambda number, carry: self._step(tile, products, exponent, refill, own, local, number, carry)
+            return lambda number, carry: self._wide_step(tile, products, exponent, refill, own, local, number, carry)
 
         whole = self._whole(tile, local if prepared else 0, 1)
         carry = lax.fori_loop(1, whole, step(tile), (p, state))
@@ -810,7 +894,8 @@ class _Kernel:
             plgpu.commit_smem()  # no warp reads the queries
             self._load_state(gmem, smem, tile, warpgroup)
         last = tile.slot(tile.blocks - 1, self.config.stages)
-        state = self._add_values(state, products.weighed(products.start_values(p, last, state.out), last))
+        weighed = products.weighed(products.start_values(p, last, state.out if cleaner else None), last)
+        state = state._replace(out=weighed if cleaner else self._sum(state, weighed))
         if cleaner:
             pl.when(self._whole(tile, 0) == tile.blocks)(cleaner.wait)
         self._finish(gmem, smem, self._tile(gmem, tile.number, 0), state, warpgroup, results)
@@ -854,33 +939,46 @@ class _Kernel:
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=hopper.ROW) + (tile.visible + local)
         return jnp.minimum(row, tile.key_count)
 
-    def _softmax(
-        self, tile: _Tile, exponent: Any, s: Any, state: _Softmax, local: Any, number: Any, weighed: Any = None
-    ) -> tuple[Any, _Softmax]:
-        """Lifted probabilities of a block of scores as an operand. ``local``: the first row in the tile; None: every
-        key is seen. ``weighed``: waits for values, which are multiplied beside the first ``config.beside`` columns."""
-        config, lift = self.config, self.config.format.lift
+    def _scaled(
+        self, tile: _Tile, exponent: Any, s: Any, state: _Softmax, local: Any, number: Any
+    ) -> tuple[list[Any], Any, Any]:
+        """Scores of a block in pieces, their factor, and the maximum with them. With ``local``, the first row in the
+        tile, they are masked and scaled already; without, every key is seen."""
         pieces = self._split(s) if local is None else self._masked(tile, exponent, s, local, number)
         factor = exponent if local is None else 1.0
-        top = jnp.maximum(state.top, row_max(pieces) * factor)
+        return pieces, factor, jnp.maximum(state.top, row_max(pieces) * factor)
+
+    def _probabilities(
+        self, pieces: list[Any], factor: Any, top: Any, state: _Softmax, local: Any
+    ) -> tuple[Any, _Softmax]:
+        """Lifted probabilities as an operand."""
+        lift = self.config.format.lift
         anchor = top if local is None else jnp.where(top == -jnp.inf, 0.0, top)
         shrink = jnp.exp2(state.top - anchor)
-        probability = lambda piece: jnp.exp2(piece * factor - spread(anchor - lift, piece))
-        early = 0 if weighed is None else config.beside // pieces[0].shape[1]
-        pieces[:early] = map(probability, pieces[:early])
-        total = state.total
-        if early:
-            total = total * spread(shrink, total) + hopper.partial_sum(pieces[:early])
-            out, (total, *pieces) = weighed([total, *pieces])
-            state = self._add_values(state, out)
-        pieces[early:] = map(probability, pieces[early:])
-        if not early:
-            total = total * spread(shrink, total) + hopper.partial_sum(pieces)
-        elif pieces[early:]:
-            total = total + hopper.partial_sum(pieces[early:])
-        operand = hopper.as_operand(pieces, config.format.dtype, self.interpret is not None)
-        state = state._replace(top=top, total=total, shrink=shrink)
-        return operand, state if config.format.prepared else self._shrunk(state)
+        pieces = [jnp.exp2(piece * factor - spread(anchor - lift, piece)) for piece in pieces]
+        total = state.total * spread(shrink, state.total) + hopper.partial_sum(pieces)
+        return self._as_operand(pieces, state._replace(top=top, total=total, shrink=shrink))
+
+    def _probabilities_beside(
+        self, pieces: list[Any], factor: Any, top: Any, state: _Softmax, local: Any, weighed: Callable[..., Any]
+    ) -> tuple[Any, _Softmax]:
+        """The same in bf16. ``weighed`` waits for values, which are multiplied beside the first ``config.beside``
+        columns."""
+        anchor = top if local is None else jnp.where(top == -jnp.inf, 0.0, top)
+        shrink = jnp.exp2(state.top - anchor)
+        probability = lambda piece: jnp.exp2(piece * factor - spread(anchor, piece))
+        early = self.config.beside // pieces[0].shape[1]
+        first = [*map(probability, pieces[:early])]
+        total = state.total * spread(shrink, state.total) + hopper.partial_sum(first)
+        out, (total, *pieces) = weighed([total, *first, *pieces[early:]])
+        rest = [*map(probability, pieces[early:])]
+        if rest:
+            total = total + hopper.partial_sum(rest)
+        return self._as_operand([*pieces[:early], *rest], _Softmax(out, top, total, shrink))
+
+    def _as_operand(self, pieces: list[Any], state: _Softmax) -> tuple[Any, _Softmax]:
+        operand = hopper.as_operand(pieces, self.config.format.dtype, self.interpret is not None)
+        return operand, state if self.config.format.prepared else self._shrunk(state)
 
     def _split(self, s: Any) -> list[Any]:
         keys, piece = self.config.keys, self.config.piece
@@ -900,51 +998,75 @@ class _Kernel:
         return pieces
 
     def _step(
+        self, tile: _Tile, products: _Products, exponent: Any, refill: Any, local: Any, number: Any, carry: Any
+    ) -> tuple[Any, _Softmax]:
+        """Scores of block ``number``, values of the block before, probabilities of this one."""
+        operand, state = carry
+        slot, before = (tile.slot(n, self.config.stages) for n in (number, number - 1))
+        plgpu.barrier_wait(products.smem.k_there.at[slot])
+        scores, weighed = products.start_scores(slot), products.start_values(operand, before)
+        refill(number)
+        scores = products.scores(scores, slot, younger=1)
+        scaled = self._scaled(tile, exponent, scores, state, local, number)
+        if local is None:
+            products.end_of_block()  # the maximum is found beside the products with the values
+        weighed = products.weighed(weighed, before)
+        plgpu.barrier_wait(products.smem.v_there.at[slot])
+        return self._probabilities(*scaled, state._replace(out=self._sum(state, weighed)), local)
+
+    def _wide_step(
         self, tile: _Tile, products: _Products, exponent: Any, refill: Any, cleaner: _Cleaner | None, local: Any,
         number: Any, carry: Any,
     ) -> tuple[Any, _Softmax]:  # fmt: skip
-        """Scores of block ``number``, values of the block before, probabilities of this one."""
+        """The same in bf16."""
         operand, state = carry
-        smem, turn = products.smem, self.config.turn
-        slot, before = (tile.slot(n, self.config.stages) for n in (number, number - 1))
+        smem, config = products.smem, self.config
+        slot, before = (tile.slot(n, config.stages) for n in (number, number - 1))
         plgpu.barrier_wait(smem.k_there.at[slot])
         products.wait_for_turn()
         scores, pending = products.start_scores(slot), products.start_values(operand, before, state.out)
-        if turn == "issued":
+        if config.turn == "issued":
             products.pass_turn()
         refill(number)
         if cleaner:
             plgpu.barrier_wait(smem.v_there.at[slot])
             cleaner.clear(number, slot)
-        scores = products.scores(scores, slot, younger=2 if self.config.tail else 1)
-        if turn == "scores":
+        scores = products.scores(scores, slot, younger=2 if config.tail else 1)
+        if config.turn == "scores":
             products.pass_turn()
+
+        def part() -> None:
+            if config.parted:
+                products.end_of_block()
 
         def weighed(held: Sequence[Any] = ()) -> Any:
             if held:
-                products.part()
-            if turn == "done" and self.config.tail:
+                part()
+            if config.turn == "done" and config.tail:
                 products.wait_for_most()
                 products.pass_turn()
             result = products.weighed(pending, before, held)
-            if turn == "done" and not self.config.tail:
+            if config.turn == "done" and not config.tail:
                 products.pass_turn()
-            products.part()
+            part()
             return result
 
-        if not self.config.beside:
-            state, weighed = self._add_values(state, weighed()), None
-        operand, state = self._softmax(tile, exponent, scores, state, local, number, weighed)
+        if not config.beside:
+            state = state._replace(out=weighed())
+        scaled = self._scaled(tile, exponent, scores, state, local, number)
+        if config.beside:
+            operand, state = self._probabilities_beside(*scaled, state, local, weighed)
+        else:
+            operand, state = self._probabilities(*scaled, state, local)
         if cleaner:
             cleaner.wait()
         else:
             plgpu.barrier_wait(smem.v_there.at[slot])
         return operand, state
 
-    def _add_values(self, state: _Softmax, weighed: Any) -> _Softmax:
-        if not self.config.format.prepared:
-            return state._replace(out=weighed)
-        return state._replace(out=state.out * spread(state.shrink, weighed) + weighed)
+    @staticmethod
+    def _sum(state: _Softmax, weighed: Any) -> Any:
+        return state.out * spread(state.shrink, weighed) + weighed
 
     @staticmethod
     def _shrunk(state: _Softmax) -> _Softmax:
@@ -977,9 +1099,9 @@ class _Kernel:
         lse = jnp.where(nothing, -jnp.inf, state.top * LN2 + (log_total - self.config.format.lift * LN2))
         if self.merges:
             value, lse = self._merged(gmem, smem, tile, warpgroup, value, lse)
-        if not self.config.format.prepared:
+        elif not self.config.format.prepared:
             plgpu.commit_smem()  # no warp reads the queries
-        elif self.config.blocks and not self.merges:
+        elif self.config.blocks:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # outputs of the tile before stand there
         smem.lse.at[warpgroup][...] = lse
         self._stage(gmem, smem, tile, warpgroup, value)
@@ -999,7 +1121,10 @@ class _Kernel:
             return plgpu.load(ref, layout=hopper.ACCUMULATOR.reduce(0), optimized=False)
 
         def seen(first: Any, value: Any) -> Any:
-            visible = jnp.maximum(self._visible(tile, warpgroup * ROWS), 0)
+            visible = self._visible(tile, warpgroup * ROWS)
+            if self.config.splits > 1:
+                visible = visible + tile.skipped
+            visible = jnp.maximum(visible, 0)
             return lax.broadcast_in_dim(first, value.shape, [1]) < spread(visible, value)
 
         def with_noted(value: Any) -> Any:
@@ -1021,6 +1146,7 @@ class _Kernel:
         first = self.slots(self.problem.state_dtype) * warpgroup
         parts = [smem.state.at[first + n][...] for n in range(pieces)]
         earlier = hopper.join([part.astype(jnp.float32) for part in parts], self.interpret is not None)
+        plgpu.commit_smem()  # all have read before outputs are written to the same memory
         mine = pl.ds(warpgroup * ROWS, ROWS)
         other = plgpu.load(gmem.state_lse.at[tile.head, tile.index, mine], layout=hopper.ROW, optimized=False)
         top = jnp.maximum(lse, other)
@@ -1058,7 +1184,7 @@ class _Kernel:
     def _store_rows(self, smem: _Shared, tile: _Tile, warpgroup: Any, out: Any) -> None:
         """Copies of 64, 32, ... 1 rows, as many as the count has bits: what lies behind belongs to other tiles."""
         count = jnp.clip(tile.rows - warpgroup * ROWS, 0, ROWS)
-        first = tile.first_query + warpgroup * ROWS
+        first = tile.first_output + warpgroup * ROWS
         pieces = self._pieces(self.out_dtype)
         columns = VALUES // pieces
         done = count * 0

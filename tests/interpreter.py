@@ -83,10 +83,12 @@ def run_interpreted(function: Callable[..., Any], *arguments: Any, kernels: int 
     return value
 
 
-def verdict(function: Callable[..., Any], *arguments: Any, expected: Any, limit: float = LIMIT) -> str:
+def verdict(
+    function: Callable[..., Any], *arguments: Any, expected: Any, kernels: int = 1, limit: float = LIMIT
+) -> str:
     """In a word, what the gate says about one kernel whose result should be ``expected``, bit for bit."""
     try:
-        result = run_interpreted(function, *arguments, limit=limit)
+        result = run_interpreted(function, *arguments, kernels=kernels, limit=limit)
         assert_bitwise_equal(result, expected)
     except FaultFound as fault:
         return type(fault).__name__

@@ -1,18 +1,30 @@
 """The named shapes, the files of measurements, and what is made from them. Nothing here is timed."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import re
+import sys
+import types
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
-from jax_fp8attn.benchmarks import models, report
+from jax_fp8attn.benchmarks import mla, models, report, timing
+from jax_fp8attn.benchmarks.trial import Trial
+
+from jax_fp8attn import Fp8PerGroup, cli, merge_attn_states, mla_prefill
+from jax_fp8attn.cli import bench
+from jax_fp8attn.quantize import E4M3
+from jax_fp8attn.reference import mla_prefill as oracle
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STORED = sorted((REPOSITORY / "benchmarks" / "results").glob("*/*.json"))
 OPS = ("mla_prefill", "merge_attn_states", "sparse_prefill", "gdn_prefill")
-LETTERS = {"B", "T", "S", "H", "Hk", "Hv", "D", "N", "topk", "P"}
+LETTERS = {"B", "T", "S", "H", "Hk", "Hv", "D", "N", "topk", "P", "mix"}
 
 RUN = report.Run(
     device="NVIDIA H200",
@@ -86,8 +98,8 @@ class TestModels:
         for case in cases:
             assert case.op == op
             assert {"T", "D"} <= case.shape.keys() <= LETTERS, case
-            assert all(value >= 1 for value in case.shape.values())
-            assert case.shape["T"] % case.shape.get("B", 1) == 0
+            assert all(value >= 1 for name, value in case.shape.items() if name != "mix")
+            assert "mix" in case.shape or case.shape["T"] % case.shape.get("B", 1) == 0
             if op == "mla_prefill":
                 assert case.shape["S"] >= case.shape["T"]
 
@@ -102,11 +114,55 @@ class TestModels:
         grid = {(t, h) for t in (1, 16, 64, 256, 1024, 4096) for h in (4, 8, 16, 32, 64, 128)}
         assert merge == grid | {(8192, 128), (16384, 128)}
         mla = {(c.shape["T"], c.shape["H"]) for c in models.cases("mla_prefill")}
-        assert {(t, h) for t in (2048, 32768) for h in (8, 128)} <= mla
+        assert {(t, h) for t in (2048, 8192, 32768) for h in (16, 32, 128)} <= mla
         sparse = {(c.shape["topk"], c.shape["H"]) for c in models.cases("sparse_prefill")}
         assert {(512, 64), (1024, 128), (2048, 128), (640, 64), (1152, 128)} <= sparse
         gdn = {c.shape["T"] for c in models.cases("gdn_prefill")}
         assert min(gdn) <= 8192 and max(gdn) == 131072
+
+    def test_mla_in_every_form(self) -> None:
+        """Lengths of one sequence, sequences, heads: the rows that the op's speed is judged by."""
+        timed = {}
+        for case in models.cases("mla_prefill"):
+            queries, keys = models.mla_lengths(case.shape)
+            size = (queries[0], keys[0], len(queries), case.shape["H"])
+            timed.setdefault(case.variant, set()).add(size if "mix" not in case.shape else "mix")
+        square = {(8192, 8192, 1, 16), (8192, 8192, 1, 128), (32768, 32768, 1, 16), (4096, 4096, 4, 16)}
+        assert square | {(1024, 1024, 16, 16), "mix"} <= timed["fp8 causal"]
+        assert square | {(8192, 32768, 1, 16), (256, 65536, 1, 16)} == timed["fp8 full"]
+        assert square == timed["fp8 causal from bf16"]
+        assert {(8192, 8192, 1, 16), (4096, 4096, 4, 16)} == timed["bf16 causal"]
+        for output in ("fp8_tensor", "fp8_group128_ue8m0_packed"):
+            assert (8192, 8192, 1, 16) in timed[f"fp8 causal to {output}"]
+        assert (8192, 8192, 1, 16) in timed["fp8 causal with a state"] & timed["fp8 full with a state"]
+        assert {(256, keys, 1, 16) for keys in (8192, 32768, 131072)} == timed["fp8 full V of mean 1"]
+        assert {(8192, 40960, 1, 16)} == timed["fp8 causal in chunks"]
+        assert sum("mix" in case.shape for case in models.cases("mla_prefill")) == 8
+
+    def test_mixes(self) -> None:
+        """The same for ever, or results of two days are not comparable."""
+        assert models.mix(0) == (6333, 3742, 2500, 4439, 3622, 6532)
+        assert models.mix(6) == (6825, 4237, 2521, 515, 5603, 4124)
+        for number in range(50):
+            lengths = models.mix(number)
+            assert 512 <= min(lengths) <= max(lengths) <= 8192
+            assert 16384 <= sum(lengths) < 24576 + 8192 and sum(lengths[:-1]) < 24576
+        for case in models.cases("mla_prefill"):
+            queries, keys = models.mla_lengths(case.shape)
+            assert (len(queries), sum(queries), sum(keys)) == tuple(case.shape[letter] for letter in "BTS")
+
+    @pytest.mark.parametrize("causal", [True, False])
+    @pytest.mark.parametrize("size", [(1, 5, 5), (2, 5, 9), (1, 9, 5), (3, 1, 7), (2, 6, 0)], ids=str)
+    def test_pairs(self, size, causal) -> None:
+        sequences, queries, keys = size
+        seen = sum(not causal or j <= i + keys - queries for i in range(queries) for j in range(keys))
+        shape = {"B": sequences, "T": sequences * queries, "S": sequences * keys}
+        assert models.mla_pairs(shape, causal) == sequences * seen
+
+    def test_pairs_of_a_mix(self) -> None:
+        shape = {"B": 6, "T": 27168, "S": 27168, "mix": 0}
+        assert models.mla_pairs(shape, True) == sum(n * (n + 1) // 2 for n in models.mix(0))
+        assert models.mla_pairs(shape, False) == sum(n * n for n in models.mix(0))
 
     def test_v4_reads_its_window_and_its_selection(self) -> None:
         (case,) = (
@@ -366,6 +422,12 @@ class TestReadme:
             f"| - | - | {link.format('gdn_prefill')} |",
         ]
 
+    def test_a_part_is_not_the_op(self, tmp_path) -> None:
+        """The line is of what a caller can ask for by name."""
+        parts = [row(implementation=name, time_us=1.0) for name in ("pallas kernel", "unfused", "bf16 output")]
+        report.write(stored(tmp_path), RUN, [*ROWS, *parts])
+        assert "100 us, 2.00 TB/s (`pallas`)" in report.readme_table(tmp_path)
+
     def test_columns_agree(self, results) -> None:
         assert len({line.count("|") for line in report.readme_table(results).splitlines()}) == 1
 
@@ -395,6 +457,281 @@ class TestReadme:
         assert capsys.readouterr().out == report.readme_table(results) + "\n"
         assert report.main(["--results", str(results), "--write", str(readme)]) == 0
         assert "100 us" in readme.read_text()
+
+
+class TestMla:
+    """The trials of mla_prefill with the oracle in the kernel's place, so that everything else runs on a CPU."""
+
+    @pytest.fixture(autouse=True)
+    def oracle(self, monkeypatch) -> None:
+        self.problems = []
+
+        def build(problem, config):
+            self.problems.append(problem)
+            return functools.partial(oracle.run, problem)
+
+        kernel = mla.mla_prefill_sm90
+        monkeypatch.setattr(kernel, "supports", lambda problem, device: ())
+        monkeypatch.setattr(kernel, "build", build)
+        steps = lambda problem, config: kernel.Steps(lambda x: (x, None), build(problem, config), None)
+        monkeypatch.setattr(kernel, "steps_of", steps)
+        merging = lambda *states, return_lse, implementation: merge_attn_states(*states, return_lse=return_lse)
+        monkeypatch.setattr(mla, "merge_attn_states", merging)
+
+    @staticmethod
+    def trial(variant: str, sequences: int = 1, tokens: int = 150, keys: int = 150, **shape):
+        shape = {"B": sequences, "T": sequences * tokens, "S": sequences * keys, "H": 2, "D": 128} | shape
+        return mla.trial(models.Case("mla_prefill", "small", shape, variant), None)
+
+    @pytest.mark.parametrize(
+        ("variant", "shape", "names"),
+        [
+            ("fp8 causal", {"sequences": 2, "keys": 200}, ["pallas kernel", "pallas"]),
+            ("fp8 full", {"sequences": 2, "keys": 200}, ["pallas kernel", "pallas"]),
+            ("bf16 causal", {}, ["pallas kernel", "pallas"]),
+            ("fp8 causal from bf16", {}, ["pallas"]),
+            ("fp8 causal to fp8_tensor", {}, ["pallas", "bf16 output", "unfused"]),
+            ("fp8 causal to fp8_group128_ue8m0_packed", {}, ["pallas", "bf16 output", "unfused"]),
+            ("fp8 full with a state", {}, ["pallas", "without a state", "unfused"]),
+            ("fp8 full V of mean 1", {"tokens": 20, "keys": 300}, ["pallas"]),
+            ("fp8 causal in chunks", {"tokens": 100, "keys": 300}, ["pallas"]),
+        ],
+        ids=lambda x: x if isinstance(x, str) else "",
+    )
+    def test_right_results_pass(self, variant, shape, names) -> None:
+        """And so does no other row of theirs: the error of rows in another order is no error of rounding."""
+        trial = self.trial(variant, **shape)
+        assert [contender.name for contender in trial.contenders] == names
+        for contender in trial.contenders:
+            for number in range(trial.sets):
+                result = contender.call(number)
+                error = trial.error(contender, result)
+                assert (error <= trial.bound(contender)) == (number == 0), (contender.name, error)
+            turned = jax.tree.map(lambda x: x[:, ::-1], contender.call(0))
+            assert trial.error(contender, turned) > trial.bound(contender)
+
+    def test_every_sequence_is_looked_at(self, monkeypatch) -> None:
+        """Lengths that differ, one of them less than the rows that are checked."""
+        monkeypatch.setattr(models, "mix", lambda number: (40, 200, 90))
+        monkeypatch.setattr(mla, "CHECKED", 180)
+        trial = self.trial("fp8 causal", 3, mix=0, T=330, S=330)
+        _, whole = trial.contenders
+        out, lse = whole.call(0)
+        assert trial.error(whole, (out, lse)) <= trial.bound(whole)
+        for end in (40, 240, 330):
+            wrong = out.at[end - 1].set(3.0), lse
+            assert trial.error(whole, wrong) > trial.bound(whole)
+        assert trial.flops == 2 * 320 * 2 * sum(n * (n + 1) // 2 for n in (40, 200, 90))
+
+    def test_bytes_and_flops(self) -> None:
+        trial = self.trial("fp8 causal", tokens=100, keys=300)
+        pairs = sum(range(201, 301))
+        rows = 100 * 2
+        assert trial.flops == 2 * (192 + 128) * 2 * pairs
+        assert trial.bytes == rows * 192 + 300 * 2 * (192 + 128) + rows * (2 * 128 + 4)
+        assert self.trial("bf16 full").bytes == 150 * 2 * 2 * (192 + 192 + 128 + 128) + 150 * 2 * 4
+        assert self.trial("fp8 causal from bf16").bytes == self.trial("bf16 full").bytes
+        assert self.trial("fp8 causal to fp8_tensor").bytes == 150 * 2 * (192 + 192 + 128 + 128)
+
+    def test_what_is_asked_for(self) -> None:
+        """The problems of the kernels, in the order of their rows."""
+        self.trial("fp8 causal in chunks", tokens=100, keys=300)
+        assert [(p.causal, p.state_dtype, p.keys) for p in self.problems] == [
+            (False, None, 100), (True, jnp.bfloat16, 100), (False, jnp.bfloat16, 100)
+        ]  # fmt: skip
+        self.problems.clear()
+        self.trial("fp8 causal to fp8_group128_ue8m0_packed")
+        assert [p.output_quant for p in self.problems] == [Fp8PerGroup.deepgemm_sm100(), None]
+        self.problems.clear()
+        self.trial("bf16 full from bf16")
+        assert [(p.compute, p.q_dtype, p.causal) for p in self.problems] == [("bf16", jnp.bfloat16, False)]
+
+    def test_what_the_kernel_does_not_take_is_left_to_the_peers(self, monkeypatch) -> None:
+        monkeypatch.setattr(mla.mla_prefill_sm90, "supports", lambda problem, device: ("not in bf16",))
+        assert self.trial("bf16 causal").contenders == []
+
+    def test_an_error_that_is_stated(self) -> None:
+        """Sums that lose a third of V's mean: a peer's row is kept with its error, a row of ours is not."""
+        trial = self.trial("fp8 full V of mean 1", tokens=20, keys=300)
+        (ours,) = trial.contenders
+        peer = dataclasses.replace(ours, name="fa3", is_peer=True)
+        out, lse = ours.call(0)
+        assert 0.25 < trial.error(peer, (0.7 * out, lse)) <= trial.bound(peer)
+        assert trial.error(ours, (1.006 * out, lse)) > trial.bound(ours)
+        for variant in ("fp8 full", "fp8 causal", "fp8 causal from bf16"):
+            other = self.trial(variant)
+            assert other.bound(peer) == other.bound(ours) < 0.05
+
+
+class TestMlaPeers:
+    """What the peers are called with: functions of the oracle stand for theirs, jax's arrays for PyTorch's."""
+
+    @pytest.fixture(autouse=True)
+    def torch(self, monkeypatch) -> None:
+        empty = lambda size, **_: jnp.zeros(size)
+        array = lambda x, **_: np.asarray(x)
+        kinds = {"int32": 0, "bfloat16": 0}
+        monkeypatch.setitem(
+            sys.modules, "torch", types.SimpleNamespace(empty=empty, empty_like=Buffer, tensor=array, **kinds)
+        )
+        monkeypatch.setattr(mla, "_tensor", lambda x: x)
+        monkeypatch.setattr(mla.mla_prefill_sm90, "supports", lambda problem, device: ("no GPU",))
+        self.calls = []
+
+        def attend(q, k, v, out, causal, cu_q, cu_k, longest, splits=1):
+            assert out.shape == (*q.shape[:2], 128)
+            assert longest == (max(np.diff(cu_q)), max(np.diff(cu_k)))
+            assert (cu_q[-1], cu_k[-1]) == (q.shape[0], k.shape[0])
+            self.calls.append((k.dtype, causal, splits))
+            offsets = (jnp.asarray(cu, jnp.int32) for cu in (cu_q, cu_k))
+            return mla_prefill(
+                q, k, v, cu_seqlens_q=next(offsets), cu_seqlens_k=next(offsets), causal=causal, return_lse=True,
+                compute="fp8" if q.dtype == E4M3 else "bf16",
+            )  # fmt: skip
+
+        def merge(out, a, la, b, lb, scale, out_lse):
+            assert scale is None
+            out.value, out_lse.value = merge_attn_states(*(unwrapped(x) for x in (a, la, b, lb)), return_lse=True)
+
+        monkeypatch.setattr(mla.peers, "fa3", lambda folder: {"fa3": attend, "fa3 vllm": attend})
+        monkeypatch.setattr(mla.peers, "merges", lambda folder: {"vllm triton": merge, "vllm cuda": None})
+
+    @pytest.mark.parametrize(
+        ("variant", "size", "splits"),
+        [
+            ("fp8 causal", (1, 200, 200, 66), [1, 1]),  # 132 tiles: enough for all multiprocessors
+            ("fp8 full", (2, 100, 160, 2), [1, 0, 1, 0]),
+            ("bf16 causal", (1, 129, 129, 66), [1, 1]),
+            ("fp8 causal from bf16", (1, 100, 100, 2), [1, 1]),
+            ("fp8 full V of mean 1", (1, 100, 200, 2), [1, 1]),
+            ("fp8 causal to fp8_tensor", (1, 100, 100, 2), []),
+            ("fp8 causal with a state", (1, 100, 100, 2), []),
+        ],
+        ids=lambda x: x if isinstance(x, str) else "",
+    )
+    def test_calls(self, variant, size, splits) -> None:
+        sequences, tokens, keys, heads = size
+        trial = TestMla.trial(variant, sequences, tokens, keys, H=heads)
+        for contender in trial.contenders:
+            assert contender.is_peer
+            assert trial.error(contender, contender.call(0)) <= trial.bound(contender), contender.name
+        form = mla._Form.of(variant)
+        dtype = E4M3 if form.precision == "fp8" else jnp.bfloat16
+        assert self.calls == [(dtype, form.causal, number) for number in splits]
+        names = [f"{name}{' bf16' * (form.precision == 'bf16')}" for name in ("fa3", "fa3 vllm")]
+        expected = [
+            f"{name}{' split' * (number == 0)}" for name, number in zip(sorted(names * 2), [1, 0] * 2, strict=True)
+        ]
+        assert [c.name for c in trial.contenders] == ([] if not splits else expected if 0 in splits else names)
+
+    def test_chunks(self) -> None:
+        trial = TestMla.trial("fp8 causal in chunks", 1, 60, 240)
+        assert [c.name for c in trial.contenders] == ["fa3 + vllm triton", "fa3 vllm + vllm triton"]
+        for contender in trial.contenders:
+            out, _ = contender.call(0)
+            assert trial.error(contender, out.value) <= trial.bound(contender)
+        assert self.calls[:4] == [(E4M3, False, 1)] * 3 + [(E4M3, True, 1)]
+
+
+@dataclasses.dataclass
+class Buffer:
+    """What torch.empty_like makes: written later."""
+
+    like: object
+    value: object = None
+
+
+def unwrapped(x: object) -> object:
+    return x.value if isinstance(x, Buffer) else x
+
+
+class TestBench:
+    """The order of compiling, checking and timing."""
+
+    loses = False
+
+    @pytest.fixture
+    def rows(self, monkeypatch):
+        log = []
+        cases = [models.Case("merge_attn_states", f"case {n}", {"T": n}, "bf16") for n in range(1, 6)]
+
+        class Module:
+            @staticmethod
+            def trial(case, folder):
+                def call(name, i):
+                    log.append((case.name, name))
+                    if name == "breaks":
+                        raise RuntimeError("no such kernel")
+                    return {"right": 0.001, "wrong": 0.5, "nan": float("nan")}[name]
+
+                names = ("right", "wrong", "nan", "breaks") if case.name == "case 2" else ("right",)
+                names = names if case.name != "case 4" else ("wrong",)
+                contenders = [timing.Contender(name, functools.partial(call, name)) for name in names]
+                return Trial(contenders, 1, 100, 0, lambda _, result: result, lambda _: 0.01)
+
+        def measure(contenders, sets, rounds):
+            if not contenders:
+                return {}
+            if self.loses:
+                raise RuntimeError("the profiler lost events")
+            log.append(("timed", *(c.name for c in contenders)))
+            return {c.name: timing.Times(10.0, 0.1, 5.0, ()) for c in contenders}
+
+        monkeypatch.setattr(models, "cases", lambda op: cases)
+        monkeypatch.setattr(timing, "measure", measure)
+        monkeypatch.setattr(bench, "importlib", types.SimpleNamespace(import_module=lambda name: Module))
+        monkeypatch.setattr(bench, "AT_ONCE", 2)
+
+        def run(**options):
+            options = types.SimpleNamespace(**{"only": "", "peers": None, "rounds": 3} | options)
+            return list(bench._rows("merge_attn_states", options))
+
+        return run, log
+
+    def test_wrong_results_are_not_timed(self, rows) -> None:
+        """R20: nor does one that breaks stop the others."""
+        run, log = rows
+        found = run()
+        assert [row.case for row, _ in found if row] == ["case 1", "case 2", "case 3", "case 5"]
+        assert {row.implementation for row, _ in found if row} == {"right"}
+        messages = "\n".join(message for _, message in found if message)
+        assert "case 2 bf16: wrong has error 0.5, bound 0.01" in messages and "case 2 bf16: nan has" in messages
+        assert "case 2 bf16: breaks failed: RuntimeError: no such kernel" in messages
+        assert "case 4 bf16: wrong" in messages and messages.count("\n") == 3
+        assert [entry for entry in log if entry[0] == "timed"] == [("timed", "right")] * 4
+
+    def test_nothing_is_compiled_while_a_case_is_timed(self, rows) -> None:
+        run, log = rows
+        run()
+        order = ["t" if entry[0] == "timed" else entry[0][-1] for entry in log]
+        compressed = [a for a, b in zip(order, [*order[1:], ""], strict=True) if a != b]
+        assert "".join(sorted(compressed[: compressed.index("t")])) in ("12", "122", "112")
+        assert "".join(compressed).endswith("5t") and "".join(order).count("tt") == 1
+
+    def test_a_trace_that_is_not_whole(self, rows) -> None:
+        run, _ = rows
+        self.loses = True
+        assert [message for _, message in run(only="case 3")] == ["case 3 bf16 is not timed: the profiler lost events"]
+
+    def test_command(self, rows, monkeypatch, tmp_path, capsys) -> None:
+        """What was measured is stored as it comes; a message makes the status 1."""
+        device = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
+        monkeypatch.setattr(bench.jax, "devices", lambda: [device])
+        for name, value in (("copy_tbps", 4.0), ("gemm_tflops", 800.0), ("fp8_gemm_tflops", None)):
+            monkeypatch.setattr(timing, name, lambda value=value: value)
+        monkeypatch.setattr(bench, "_versions", lambda: {"jax": "0.11.2"})
+        stored, write = [], report.write
+        monkeypatch.setattr(report, "write", lambda path, run, rows: (stored.append(len(rows)), write(path, run, rows)))
+        options = ["bench", "--op", "merge_attn_states", "--store", str(tmp_path)]
+        assert cli.main([*options, "--json", "--only", "case 1"]) == 0
+        assert cli.main([*options, "--json"]) == 1
+        assert "breaks failed" in capsys.readouterr().err and stored == [1, 1, 2, 3, 4]
+        run, found = report.read(tmp_path / "h200" / "merge_attn_states.json")
+        assert run.ceilings.fp8_gemm_tflops is None and len(found) == 4
+
+    def test_only(self, rows) -> None:
+        run, _ = rows
+        assert [row.case for row, _ in run(only="case 3")] == ["case 3"]
 
 
 class TestRepository:

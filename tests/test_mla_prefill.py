@@ -8,17 +8,25 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from implementations import implementations
 
 import jax_fp8attn as fp8attn
 from jax_fp8attn import testing
 from jax_fp8attn.problems import MlaProblem
 from jax_fp8attn.reference import mla_prefill as oracle
 
-IMPLEMENTATIONS = ("xla", "reference")
+IMPLEMENTATIONS = implementations("mla_prefill")
+ONES = {"pallas": 0.003}  # of what a softmax over ones may miss one by; 1e-5 without e4m3
 T, S, H = 300, 500, 2
 LENGTHS_Q = (0, 1, 7, 8, 15, 0, 0, 16, 17, 63, 130, 0)
 LENGTHS_K = (5, 0, 7, 100, 3, 9, 0, 16, 129, 64, 128, 2)
 F32 = dict(out_dtype=jnp.float32, return_lse=True)
+
+
+@pytest.fixture(autouse=True)
+def _unnamed_is_xla(monkeypatch):
+    """Bounds of the tests that name no implementation are those of ``xla``; tests/test_mla_kernel.py has the others."""
+    monkeypatch.setenv("JAX_FP8ATTN_IMPLEMENTATION", "xla")
 
 
 def offsets(*lengths, first=0):
@@ -412,7 +420,7 @@ def test_values_of_one(implementation):
     out = fp8attn.mla_prefill(
         q, k, jnp.ones((1500, 1, 128)), causal=False, out_dtype=jnp.float32, implementation=implementation
     )
-    assert np.abs(np.asarray(out) - 1).max() < 1e-5
+    assert np.abs(np.asarray(out) - 1).max() < ONES.get(implementation, 1e-5)
 
 
 def test_lse_is_natural_and_unlifted():
@@ -420,7 +428,7 @@ def test_lse_is_natural_and_unlifted():
     q, k, v = jnp.zeros((4, 1, 192)), jnp.zeros((77, 1, 192)), jnp.ones((77, 1, 128))
     for implementation in IMPLEMENTATIONS:
         lse = fp8attn.mla_prefill(q, k, v, causal=False, return_lse=True, implementation=implementation)[1]
-        np.testing.assert_allclose(np.asarray(lse), math.log(77), rtol=1e-6)
+        np.testing.assert_allclose(np.asarray(lse), math.log(77), rtol=1e-5 if implementation == "pallas" else 1e-6)
     assert abs(float(emulated(q, k, v, causal=False, return_lse=True)[1][0, 0]) - math.log(77)) < 1e-5
 
 

@@ -12,6 +12,7 @@ COMMANDS = {
     "explain": "print which implementation an op takes for a shape, and why not the others",
     "check": "run the contract suites on this machine",
     "bench": "time every implementation on shapes of real models, on a GPU",
+    "tune": "time every configuration of a kernel and keep those that beat the heuristic's, on a GPU",
     "compile": "compile every kernel for a GPU, without one, and fail on spills and serialised tensor-core work",
 }
 

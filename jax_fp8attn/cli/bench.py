@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import datetime
+import functools
 import importlib
 import json
 import math
@@ -22,7 +23,7 @@ from jax_fp8attn.cli.show import Progress
 OPS = {"merge_attn_states": "merge", "mla_prefill": "mla"}
 """Op: its module in jax_fp8attn.benchmarks."""
 
-AHEAD = 6  # cases that are compiled at once
+AT_ONCE = 8  # cases that are compiled together, then timed one after the other
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
         device=device.device_kind,
         date=datetime.date.today().isoformat(),
         versions=_versions(),
-        ceilings=report.Ceilings(copy_tbps=timing.copy_tbps(), bf16_gemm_tflops=timing.gemm_tflops()),
+        ceilings=report.Ceilings(timing.copy_tbps(), timing.gemm_tflops(), timing.fp8_gemm_tflops()),
     )
     failed, everything = False, []
     for op in options.op or sorted(OPS):
@@ -54,9 +55,10 @@ def run(options: argparse.Namespace) -> int:
             failed |= bool(message)
             if message:
                 print(message, file=sys.stderr)
-            rows += [row] if row is not None else []
-        if options.store:
-            report.write(report.results_path(facts.device, op, options.store), facts, rows)
+                continue
+            rows.append(row)
+            if options.store:  # at once: a run that is cut short leaves what it has measured
+                report.write(report.results_path(facts.device, op, options.store), facts, rows)
         everything += rows
     if options.plot:
         report.plot(facts, everything, options.plot)
@@ -74,31 +76,40 @@ def _rows(op: str, options: argparse.Namespace) -> Iterator[tuple[Any, str]]:
     module = importlib.import_module(f"jax_fp8attn.benchmarks.{OPS[op]}")
     cases = [case for case in models.cases(op) if options.only in f"{case.name} {case.variant}"]
     progress = Progress()
-    with concurrent.futures.ThreadPoolExecutor(AHEAD) as pool:
-        started = [pool.submit(_gated, module, case, options.peers) for case in cases[:AHEAD]]
-        for number, case in enumerate(cases):
-            progress(f"{op} {number + 1} of {len(cases)}: {case.name} {case.variant}")
-            trial, ready, messages = started.pop(0).result()
-            yield from ((None, message) for message in messages)
-            concurrent.futures.wait(started)  # nothing else may run on the device
-            times = timing.measure([contender for contender, _ in ready], trial.sets, options.rounds)
-            yield from ((_row(case, trial, *gated, times), "") for gated in ready)
-            del trial, ready
-            if number + AHEAD < len(cases):
-                started.append(pool.submit(_gated, module, cases[number + AHEAD], options.peers))
+    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
+        for first in range(0, len(cases), AT_ONCE):
+            progress(f"{op} {first + 1} of {len(cases)}: compiling")
+            together = cases[first : first + AT_ONCE]
+            # nothing else may run on the device, or take the host's time, while a case is timed
+            gated = list(pool.map(functools.partial(_gated, module, options.peers), together))
+            for number, case in enumerate(together, first + 1):
+                progress(f"{op} {number} of {len(cases)}: {case.name} {case.variant}")
+                trial, ready, messages = gated.pop(0)
+                yield from ((None, message) for message in messages)
+                try:
+                    times = timing.measure([contender for contender, _ in ready], trial.sets, options.rounds)
+                    yield from ((_row(case, trial, *pair, times), "") for pair in ready)
+                except RuntimeError as failure:  # the profiler may lose events
+                    yield None, f"{case.name} {case.variant} is not timed: {failure}"
+                del trial, ready
     progress.done()
 
 
-def _gated(module: Any, case: Any, folder: Path | None) -> tuple[Any, list[tuple[Any, float]], list[str]]:
+def _gated(module: Any, folder: Path | None, case: Any) -> tuple[Any, list[tuple[Any, float]], list[str]]:
     """The trial of a case, the contenders whose first result is right with their errors, and what is wrong."""
     trial = module.trial(case, folder)
     ready, messages = [], []
     for contender in trial.contenders:
-        error, bound = trial.error(contender, contender.call(0)), trial.bound(contender)
+        what = f"{case.name} {case.variant}: {contender.name}"
+        try:
+            error, bound = trial.error(contender, contender.call(0)), trial.bound(contender)
+        except Exception as failure:  # whatever another project's kernel raises: the others are timed all the same
+            messages.append(f"{what} failed: {type(failure).__name__}: {failure}")
+            continue
         if math.isfinite(error) and error <= bound:
             ready.append((contender, error))
         else:
-            messages.append(f"{case.name} {case.variant}: {contender.name} has error {error:.3g}, bound {bound:.3g}")
+            messages.append(f"{what} has error {error:.3g}, bound {bound:.3g}")
     return trial, ready, messages
 
 

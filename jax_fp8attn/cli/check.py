@@ -17,7 +17,7 @@ from jax_fp8attn.cli import canary
 SUITES = {
     "gdn_prefill": ("test_gdn_prefill.py", "test_gdn_pool.py"),
     "merge_attn_states": ("test_merge.py", "test_merge_kernel.py"),
-    "mla_prefill": ("test_mla_prefill.py",),
+    "mla_prefill": ("test_mla_prefill.py", "test_mla_kernel.py", "test_mla_prepare.py"),
     "quantize_fp8": ("test_quantize.py", "test_latent.py"),
     "sparse_prefill": ("test_sparse_prefill.py",),
 }

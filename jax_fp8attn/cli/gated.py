@@ -121,7 +121,8 @@ def _merge(
 
 
 def mla_calls() -> Iterator[Call]:
-    """Causal and not, both forms of K, every kind of output, states of both widths; FP8 and bf16."""
+    """Causal and not, both forms of K, every kind of output, states of both widths, splits with their merge; in bf16
+    what differs there."""
     packed, row64 = Fp8PerGroup.deepgemm_sm100(), Fp8PerGroup.row_major(64)
     state16, state32 = jnp.dtype(BF16), jnp.dtype(F32)
     yield _mla("causal")
@@ -132,14 +133,17 @@ def mla_calls() -> Iterator[Call]:
     yield _mla("fp8_group64_f32_row", causal=False, output_quant=row64)
     yield _mla("bfloat16 state", state_dtype=state16)
     yield _mla("float32 state, packed", causal=False, state_dtype=state32, output_quant=packed)
+    yield _mla("16 splits, float32 state, packed", splits=16, state_dtype=state32, output_quant=packed)
     yield _mla("in bf16, causal", compute="bf16")
-    yield _mla("in bf16, full pair", causal=False, pair=True, compute="bf16")
     yield _mla("in bf16, float32 state, fp8_group64_f32_row", state_dtype=state32, compute="bf16", output_quant=row64)
-    yield _mla("in bf16, bfloat16 state, packed", state_dtype=state16, compute="bf16", output_quant=packed)
+    yield _mla(
+        "in bf16, full pair, bfloat16 state, packed", causal=False, pair=True, state_dtype=state16, compute="bf16",
+        output_quant=packed,
+    )  # fmt: skip
 
 
-def _mla(label: str, pair: bool = False, **options: Any) -> Call:
-    """Through ``build``: dispatch does not choose this kernel yet."""
+def _mla(label: str, pair: bool = False, splits: int = 1, **options: Any) -> Call:
+    """Through ``build``, which takes a number of splits."""
     from jax_fp8attn.pallas import mla_prefill_sm90 as kernel
     from jax_fp8attn.problems import MlaArrays, MlaProblem
 
@@ -165,7 +169,7 @@ def _mla(label: str, pair: bool = False, **options: Any) -> Call:
         one if isinstance(problem.output_quant, Fp8PerTensor) else None,
     )
     leaves, tree = jax.tree.flatten(arrays)
-    run = kernel.build(problem, kernel.default_config(problem))
+    run = kernel.build(problem, dataclasses.replace(kernel.default_config(problem), splits=splits))
     return Call(label, lambda *given: run(jax.tree.unflatten(tree, given)), tuple(leaves))
 
 

@@ -29,6 +29,10 @@ def supports(problem: MlaProblem, device: Device) -> tuple[str, ...]:
     return ()
 
 
+def notes(problem: MlaProblem) -> tuple[str, ...]:
+    return ("FP8 output: separate pass inside the op",) if problem.output_quant is not None else ()
+
+
 def run(problem: MlaProblem, arrays: MlaArrays) -> Any:
     if problem.tokens and problem.keys and problem.sequences and problem.heads:
         out, lse = _attention(problem, arrays)

@@ -217,18 +217,6 @@ def pass_turn() -> None:
     _turn("bar.arrive", 1)
 
 
-def part() -> None:
-    """The assembler moves arithmetic across waits for products and turns, and those across arithmetic, but nothing
-    across a branch: this is one that is never taken."""
-
-    @plgpu.inline_mgpu()
-    def emit(_: Any) -> None:
-        never = ".reg .pred p; .reg .b32 r; mov.u32 r, %smid; setp.eq.u32 p, r, 0xFFFFFFFF;"
-        _side_effect(f"{{ {never} again: @p nanosleep.u32 1; @p bra again; }}", [], "")
-
-    emit()
-
-
 TURN = 8  # and 9: named barriers of the hardware that Mosaic does not use
 
 
@@ -238,6 +226,20 @@ def _turn(instruction: str, other: int) -> None:
         i32 = ir.IntegerType.get_signless(32)
         mine = arith.xori(utils.warpgroup_idx(sync=False), utils.c(other, i32))
         utils.inline_ptx(f"{instruction} $0, 256;", arith.addi(mine, utils.c(TURN, i32)), has_side_effects=True)
+
+    emit()
+
+
+def end_of_block() -> None:
+    """The assembler reorders instructions freely between two branches: this is one that is never taken."""
+
+    @plgpu.inline_mgpu()
+    def emit(_: Any) -> None:
+        text = (
+            "{ .reg .pred p; .reg .b32 r; mov.u32 r, %ctaid.y; setp.ne.u32 p, r, 0x7fff0001; @p bra ON; "
+            "HERE: nanosleep.u32 1000; bra HERE; ON: }"
+        )
+        utils.inline_ptx(text, has_side_effects=True)
 
     emit()
 
