@@ -58,7 +58,7 @@ class PrepareConfig:
 
 
 def default_config(problem: MlaProblem) -> PrepareConfig:
-    return PrepareConfig()
+    return PrepareConfig(heads=2 if problem.v_dtype == E4M3 else 1)
 
 
 def supports(problem: MlaProblem) -> tuple[str, ...]:
