@@ -572,9 +572,9 @@ class _Products(NamedTuple):
         if not self.interpreted:
             hopper.wait(1)
 
-    def end_of_block(self) -> None:
+    def end_of_block(self, number: int = 1) -> None:
         if not self.interpreted:
-            hopper.end_of_block()
+            hopper.end_of_block(number)
 
 
 class _Cleaner(NamedTuple):
@@ -1035,20 +1035,17 @@ class _Kernel:
         if config.turn == "scores":
             products.pass_turn()
 
-        def part() -> None:
-            if config.parted:
-                products.end_of_block()
-
         def weighed(held: Sequence[Any] = ()) -> Any:
-            if held:
-                part()
+            if held and config.parted:
+                products.end_of_block(1)
             if config.turn == "done" and config.tail:
                 products.wait_for_most()
                 products.pass_turn()
             result = products.weighed(pending, before, held)
             if config.turn == "done" and not config.tail:
                 products.pass_turn()
-            part()
+            if config.parted:
+                products.end_of_block(2)
             return result
 
         if not config.beside:

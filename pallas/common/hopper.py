@@ -230,14 +230,15 @@ def _turn(instruction: str, other: int) -> None:
     emit()
 
 
-def end_of_block() -> None:
-    """The assembler reorders instructions freely between two branches: this is one that is never taken."""
+def end_of_block(number: int = 1) -> None:
+    """The assembler reorders instructions freely between two branches: this is one that is never taken. ``number``: of
+    those in a row, or it would see that behind the first one the others cannot be taken."""
 
     @plgpu.inline_mgpu()
     def emit(_: Any) -> None:
         text = (
-            "{ .reg .pred p; .reg .b32 r; mov.u32 r, %ctaid.y; setp.ne.u32 p, r, 0x7fff0001; @p bra ON; "
-            "HERE: nanosleep.u32 1000; bra HERE; ON: }"
+            f"{{ .reg .pred p; .reg .b32 r; mov.u32 r, %ctaid.y; setp.ne.u32 p, r, {0x7FFF0000 + number:#x}; "
+            "@p bra ON; HERE: nanosleep.u32 1000; bra HERE; ON: }"
         )
         utils.inline_ptx(text, has_side_effects=True)
 
