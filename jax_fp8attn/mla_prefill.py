@@ -65,8 +65,8 @@ def mla_prefill(
       output_quant   Fp8PerTensor or Fp8PerGroup (32, 64 or 128 columns): the float32 result is quantised
       return_lse     static; also return lse, float32 [H, T], natural logarithm
       out_dtype      bf16, f16 or f32; ignored with output_quant
-      compute        "fp8", or "bf16": nothing is cast to FP8; "xla" keeps the operands' precision, "pallas" rounds to
-                     bf16. None: "fp8", or "bf16" where the environment has JAX_FP8ATTN_FP8_PREFILL=0.
+      compute        "fp8", or "bf16": operands keep their precision and nothing is cast to FP8. None: "fp8", or
+                     "bf16" where the environment has JAX_FP8ATTN_FP8_PREFILL=0.
       implementation None (fastest), a name, or names in order of preference
 
     Batched form: q [B, T, H, 192], k [B, S, H, 192] (k_nope [B, S, H, 128], k_rope [B, S, 64]), v [B, S, H, 128],

@@ -676,6 +676,12 @@ class TestConfig:
         problem = dataclasses.replace(case((8,)).problem(), **sizes)
         assert mla_prefill_sm90.default_config(problem).splits == expected
 
+    def test_a_spilling_split_is_not_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        few = dataclasses.replace(case((8,), state_dtype=F32).problem(), tokens=256, keys=65536, heads=16)
+        for version, splits in (((0, 11, 2), True), ((0, 12, 0), False)):
+            monkeypatch.setattr(jax, "__version_info__", version)
+            assert (mla_prefill_sm90.default_config(few).splits > 1) == splits
+
     def test_reasons(self) -> None:
         problem = case((8,)).problem()
         assert mla_prefill_sm90.supports(problem, Device("cuda", "H200", (9, 0))) == ()

@@ -133,7 +133,7 @@ def mla_calls() -> Iterator[Call]:
     yield _mla("fp8_group64_f32_row", causal=False, output_quant=row64)
     yield _mla("bfloat16 state", state_dtype=state16)
     yield _mla("float32 state, packed", causal=False, state_dtype=state32, output_quant=packed)
-    yield _mla("16 splits, float32 state, packed", splits=16, state_dtype=state32, output_quant=packed)
+    yield _mla("16 splits, bfloat16 state, packed", splits=16, state_dtype=state16, output_quant=packed)
     yield _mla("in bf16, causal", compute="bf16")
     yield _mla("in bf16, float32 state, fp8_group64_f32_row", state_dtype=state32, compute="bf16", output_quant=row64)
     yield _mla(
