@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import types
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
@@ -15,7 +15,7 @@ import pytest
 from interpreter import run_interpreted, verdict
 from jax_fp8attn.pallas import mla_prepare_sm90
 from jax_fp8attn.pallas.common import tile_list
-from jax_fp8attn.pallas.common.hopper import KEY_ORDER
+from jax_fp8attn.pallas.common.hopper import KEY_GROUP, KEY_ORDER
 from jax_fp8attn.pallas.mla_prepare_sm90 import NEVER, PrepareConfig
 
 from jax_fp8attn import dispatch
@@ -69,12 +69,49 @@ class Case:
         return v
 
 
+class Regions(NamedTuple):
+    """Where the columns of each sequence's V^T stand."""
+
+    first: jax.Array  # int32 [B], multiples of the alignment
+    source: jax.Array  # int32 [columns]: the key of each column, -1 for padding
+    local: jax.Array  # int32 [columns]: its number in the sequence
+    owner: jax.Array  # int32 [columns]: the sequence
+
+
+def key_regions(k_start: jax.Array, k_length: jax.Array, keys: int, align: int) -> Regions:
+    """A region a sequence, whole multiples of ``align`` columns; keys in KEY_ORDER inside each group of 16."""
+    sequences = k_start.shape[0]
+    blocks = -(-k_length // align)
+    last = jnp.cumsum(blocks) * align
+    first = last - blocks * align
+    columns = (-(-keys // align) + sequences) * align
+    column = np.arange(columns, dtype=np.int32)
+    ordered = column // KEY_GROUP * KEY_GROUP + np.asarray(KEY_ORDER, np.int32)[column % KEY_GROUP]
+    sequence = jnp.minimum(jnp.searchsorted(last, column, side="right"), sequences - 1)
+    local = ordered - first[sequence]
+    inside = (local >= 0) & (local < k_length[sequence])
+    return Regions(first.astype(jnp.int32), jnp.where(inside, k_start[sequence] + local, -1), local, sequence)
+
+
+def transposed_values(v: jax.Array, regions: Regions, align: int) -> tuple[jax.Array, jax.Array]:
+    """(v [S, H, 128] as [H, 128, columns] with 0 for padding and for NaN; int32 [B, H, 128]: the first key of each
+    sequence that holds NaN in a column, or the largest int32)."""
+    there = (regions.source >= 0)[:, None, None]
+    rows = jnp.where(there, v[jnp.maximum(regions.source, 0)], jnp.zeros((), v.dtype))
+    bad = jnp.isnan(rows)
+    local = jnp.where(bad, regions.local[:, None, None], NEVER)
+    block = local.reshape(-1, align, *v.shape[1:]).min(axis=1)  # [blocks, H, 128]
+    owner = regions.owner[::align]
+    first_nan = jax.ops.segment_min(block, owner, num_segments=regions.first.shape[0])
+    return jnp.where(bad, jnp.zeros((), v.dtype), rows).transpose(1, 2, 0), first_nan
+
+
 def expected(case: Case, v: Any, scales: Any = None) -> tuple[Any, Any]:
     problem = case.problem()
-    regions = tile_list.key_regions(*map(jnp.asarray, case.ranges()), problem.keys, ALIGN)
+    regions = key_regions(*map(jnp.asarray, case.ranges()), problem.keys, ALIGN)
     scales = jnp.asarray(case.scales, jnp.float32) if scales is None else scales
     rows = jnp.repeat(scales, problem.keys // problem.instances, total_repeat_length=problem.keys)
-    return tile_list.transposed_values(to_stored(jnp.asarray(v), rows[:, None, None]), regions, ALIGN)
+    return transposed_values(to_stored(jnp.asarray(v), rows[:, None, None]), regions, ALIGN)
 
 
 def prepared(interpret: Any, case: Case, v: np.ndarray, config: PrepareConfig | None = None) -> Any:
@@ -98,7 +135,7 @@ class TestKeyBlocks:
         case = Case(lengths)
         start, length = map(jnp.asarray, case.ranges())
         keys = case.problem().keys
-        blocks, regions = (f(start, length, keys, ALIGN) for f in (tile_list.key_blocks, tile_list.key_regions))
+        blocks, regions = (f(start, length, keys, ALIGN) for f in (tile_list.key_blocks, key_regions))
         first_key, count, local, owner = np.asarray(blocks.blocks).T
         source = np.asarray(regions.source).reshape(-1, ALIGN)
         assert_bitwise_equal(blocks.first, regions.first)

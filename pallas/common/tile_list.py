@@ -6,9 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax_fp8attn.pallas.common.hopper import KEY_GROUP, KEY_ORDER
 
 FIELDS = ("first_query", "rows", "first_key", "first_column", "visible", "key_count", "instance", "sequence")
 """Of a tile. ``rows`` 0: an unused slot. ``visible``: keys that the first row sees, possibly negative."""
@@ -20,32 +18,8 @@ before. ``blocks`` of keys, at least one."""
 MANY_BOUNDS = 512
 
 
-class Regions(NamedTuple):
-    """Where the columns of each sequence's V^T stand."""
-
-    first: jax.Array  # int32 [B], multiples of the alignment
-    source: jax.Array  # int32 [columns]: the key of each column, -1 for padding
-    local: jax.Array  # int32 [columns]: its number in the sequence
-    owner: jax.Array  # int32 [columns]: the sequence
-
-
-def key_regions(k_start: jax.Array, k_length: jax.Array, keys: int, align: int) -> Regions:
-    """A region a sequence, whole multiples of ``align`` columns; keys in KEY_ORDER inside each group of 16."""
-    sequences = k_start.shape[0]
-    blocks = -(-k_length // align)
-    last = jnp.cumsum(blocks) * align
-    first = last - blocks * align
-    columns = (-(-keys // align) + sequences) * align
-    column = np.arange(columns, dtype=np.int32)
-    ordered = column // KEY_GROUP * KEY_GROUP + np.asarray(KEY_ORDER, np.int32)[column % KEY_GROUP]
-    sequence = jnp.minimum(jnp.searchsorted(last, column, side="right"), sequences - 1)
-    local = ordered - first[sequence]
-    inside = (local >= 0) & (local < k_length[sequence])
-    return Regions(first.astype(jnp.int32), jnp.where(inside, k_start[sequence] + local, -1), local, sequence)
-
-
 class KeyBlocks(NamedTuple):
-    """The same regions by blocks of ``align`` columns."""
+    """Where the columns of each sequence's V^T stand: a region a sequence, in blocks of ``align`` columns."""
 
     first: jax.Array  # int32 [B], multiples of the alignment
     blocks: jax.Array  # int32 [columns / align, BLOCK_FIELDS]
@@ -56,7 +30,7 @@ BLOCK_FIELDS = ("first_key", "keys", "local", "owner")
 
 
 def key_blocks(k_start: jax.Array, k_length: jax.Array, keys: int, align: int) -> KeyBlocks:
-    """What ``key_regions`` says of each column, once for a block of them."""
+    """Regions are whole blocks; keys stand in KEY_ORDER inside each group of 16 columns."""
     sequences = k_start.shape[0]
     count = -(-k_length // align)
     last = jnp.cumsum(count)
@@ -67,20 +41,6 @@ def key_blocks(k_start: jax.Array, k_length: jax.Array, keys: int, align: int) -
     first_key = jnp.where(inside > 0, k_start[owner] + local, 0)
     table = jnp.stack([x.astype(jnp.int32) for x in (first_key, inside, local, owner)], axis=1)
     return KeyBlocks(((last - count) * align).astype(jnp.int32), table)
-
-
-def transposed_values(v: jax.Array, regions: Regions, align: int) -> tuple[jax.Array, jax.Array]:
-    """(v [S, H, 128] as [H, 128, columns] with 0 for padding and for NaN; int32 [B, H, 128]: the first key of each
-    sequence that holds NaN in a column, or the largest int32)."""
-    never = np.iinfo(np.int32).max
-    there = (regions.source >= 0)[:, None, None]
-    rows = jnp.where(there, v[jnp.maximum(regions.source, 0)], jnp.zeros((), v.dtype))
-    bad = jnp.isnan(rows)
-    local = jnp.where(bad, regions.local[:, None, None], never)
-    block = local.reshape(-1, align, *v.shape[1:]).min(axis=1)  # [blocks, H, 128]
-    owner = regions.owner[::align]
-    first_nan = jax.ops.segment_min(block, owner, num_segments=regions.first.shape[0])
-    return jnp.where(bad, jnp.zeros((), v.dtype), rows).transpose(1, 2, 0), first_nan
 
 
 class Work(NamedTuple):
