@@ -100,6 +100,7 @@ def check(
     return out, lse
 
 
+@pytest.mark.slow
 class TestInterpreted:
     @pytest.mark.parametrize(
         "given",
@@ -224,6 +225,7 @@ def with_no_numbers(causal: bool) -> tuple[Case, MlaArrays]:
     return given, arrays
 
 
+@pytest.mark.slow
 class TestFaults:
     """What is planted is found."""
 
