@@ -35,6 +35,7 @@ from jax_fp8attn.pallas.common import configs, hopper, tile_list
 from jax_fp8attn.pallas.common.backend import to_e4m3, varying_like
 from jax_fp8attn.pallas.common.groups import finite_magnitude, group_scale
 from jax_fp8attn.pallas.common.hopper import full_row, row_max, spread
+from jax_fp8attn.pallas.mla_prepare_sm90 import NEVER
 
 from jax_fp8attn import offsets
 from jax_fp8attn.dispatch import Device
@@ -53,10 +54,8 @@ WARPGROUPS, ROWS = 2, 64  # of consumers, and query rows of each
 NOPE, ROPE, VALUES = 128, 64, 128
 KEYS = 128  # of a block; copies of V^T start at multiples of it
 PIECE = 16  # columns that are masked at once, in bf16 two of them where they fit
-NEVER = np.iinfo(np.int32).max
 RESIDENT = 24 << 20  # bytes of keys and values that half of the L2 holds
 TINY = 2.0**-126  # the smallest normal float32: what lies below may have been flushed to zero
-SMS = 132  # of an H200, a tile each
 TILE, BLOCK = 5.8, 1.3  # microseconds that a tile takes, and each of its blocks of keys
 MERGE, MEMORY = 5.0, 4e6  # microseconds of a merge, and bytes a microsecond
 MOST_SPLITS, LEAST_BLOCKS = 16, 8  # of keys in a split
@@ -193,7 +192,7 @@ def _best_splits(problem: MlaProblem) -> int:
     partials = 2 * 4 * VALUES * problem.tokens * problem.heads / MEMORY  # of one split, written and read
 
     def estimate(splits: int) -> float:
-        waves = -(-splits * tiles // SMS)
+        waves = -(-splits * tiles // configs.MULTIPROCESSORS)
         attend = max(waves * (TILE + BLOCK * mean / splits), TILE + BLOCK * -(-longest // splits))
         return attend + (MERGE + splits * partials if splits > 1 else 0.0)
 

@@ -13,9 +13,7 @@ FIELDS = ("first_query", "rows", "first_key", "first_column", "visible", "key_co
 SPLIT_FIELDS = (*FIELDS, "first_output", "skipped", "blocks")
 """Of a tile that is one of several splits. Keys are counted from its own first one: ``skipped`` of the sequence lie
 before. ``blocks`` of keys, at least one."""
-
-
-MANY_BOUNDS = 512
+MANY_BOUNDS = 512  # from so many on a place among them is found by bisection
 
 
 class KeyBlocks(NamedTuple):
