@@ -2,7 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -17,6 +18,7 @@ from interpreter import run_interpreted, verdict
 from jax_fp8attn.pallas import mla_prefill_sm90, mla_prepare_sm90
 from jax_fp8attn.pallas.common import tile_list
 from jax_fp8attn.pallas.mla_prefill_sm90 import MlaConfig
+from test_mla_prepare import plain_cast, plain_values
 
 import jax_fp8attn as fp8attn
 from jax_fp8attn import offsets
@@ -100,9 +102,16 @@ def _ranges(cu: np.ndarray, total: int) -> list[np.ndarray]:
     return [np.asarray(x) for x in offsets.ranges(jnp.asarray(cu), total)]
 
 
-def kernel(interpret: Any, problem: MlaProblem, arrays: MlaArrays, cut: dict[str, Any] | None = None) -> Any:
-    config = MlaConfig(**(cut or {}))
-    return mla_prefill_sm90.build(problem, config, interpret)(jax.tree.map(jnp.asarray, arrays))
+def kernel(
+    interpret: Any, problem: MlaProblem, arrays: MlaArrays, cut: dict[str, Any] | None = None, prepare: bool = True
+) -> Any:
+    """Without ``prepare`` its operands are made plainly, not by the kernels of ``mla_prepare_sm90``."""
+    run = mla_prefill_sm90.build(problem, MlaConfig(**(cut or {})), interpret)
+    with contextlib.ExitStack() as stack:
+        if not prepare:
+            stack.enter_context(mock.patch.object(mla_prepare_sm90, "prepare_values", plain_values))
+            stack.enter_context(mock.patch.object(mla_prepare_sm90, "cast", plain_cast))
+        return run(jax.tree.map(jnp.asarray, arrays))
 
 
 def emulated(problem: MlaProblem, arrays: MlaArrays, splits: int) -> Any:
@@ -140,20 +149,26 @@ def values_of(out: Any) -> np.ndarray:
     return np.asarray(out.dequantize() if isinstance(out, Fp8Array) else out).astype(np.float64)
 
 
-def interpreted(problem: MlaProblem, arrays: MlaArrays, cut: dict[str, Any] | None = None) -> Any:
+def interpreted(
+    problem: MlaProblem, arrays: MlaArrays, cut: dict[str, Any] | None = None, prepare: bool = False
+) -> Any:
+    splits = MlaConfig(**(cut or {})).splits
+    if not prepare:
+        return run_interpreted(kernel, problem, arrays, cut, False, kernels=1 + (splits > 1))
     casts = [x for x in arrays[:4] if x is not None and x.dtype != E4M3 and x.size % mla_prepare_sm90.PIECE == 0]
     casts = len(casts) - (len(casts) > 0 and problem.v_dtype != F32)  # V is cast on its way, but for float32
-    splits = MlaConfig(**(cut or {})).splits
     return run_interpreted(kernel, problem, arrays, cut, kernels=2 + casts + (splits > 1))
 
 
-def on_hardware(problem: MlaProblem, arrays: MlaArrays, cut: dict[str, Any] | None = None) -> Any:
-    return jax.tree.map(np.asarray, jax.jit(kernel, static_argnums=(0, 1, 3))(None, problem, arrays, _Cut(cut or {})))
+def on_hardware(
+    problem: MlaProblem, arrays: MlaArrays, cut: dict[str, Any] | None = None, kernel: Callable[..., Any] = kernel
+) -> Any:
+    return jax.tree.map(np.asarray, compiled(kernel, problem, tuple((cut or {}).items()))(arrays))
 
 
-class _Cut(dict[str, Any]):
-    def __hash__(self) -> int:  # type: ignore[override]
-        return hash(tuple(self.items()))
+@functools.cache
+def compiled(kernel: Callable[..., Any], problem: MlaProblem, cut: tuple[tuple[str, Any], ...] = ()) -> Any:
+    return jax.jit(lambda arrays: kernel(None, problem, arrays, dict(cut)))
 
 
 def check(
@@ -201,6 +216,16 @@ def slow(*cases: Any) -> list[Any]:
     return [pytest.param(*(c if isinstance(c, tuple) else (c,)), marks=pytest.mark.slow) for c in cases]
 
 
+SPECS = [  # of outputs
+    *slow(PER_TENSOR, Fp8PerGroup.deepgemm_sm90(), Fp8PerGroup.row_major(64)),
+    Fp8PerGroup.deepgemm_sm100(),
+]
+STATES = [
+    *slow({"state_dtype": F32}, {"state_dtype": BF16, "out_dtype": BF16}),
+    {"state_dtype": F32, "output_quant": PER_TENSOR},
+]
+
+
 class TestInterpreted:
     @pytest.mark.parametrize(
         "given",
@@ -213,8 +238,6 @@ class TestInterpreted:
                 case((64, 65, 0, 7)),
                 case((129, 64), (300, 10), pair=True, out_dtype=BF16),
                 case((30,), (520,), causal=False, heads=1),
-                case((150,), dtype=BF16),
-                case((20, 20), dtype=F32, before=0, out_dtype=np.dtype(np.float16)),
             ),
         ],
         ids=lambda c: f"{c.queries}-{c.keys}-{c.dtype}",
@@ -223,21 +246,25 @@ class TestInterpreted:
         check(given)
 
     @pytest.mark.parametrize(
-        "spec",
-        [*slow(PER_TENSOR, Fp8PerGroup.deepgemm_sm90(), Fp8PerGroup.row_major(64)), Fp8PerGroup.deepgemm_sm100()],
-        ids=["tensor", "col_tma", "row64", "packed"],
+        "given",
+        [
+            case((40,), dtype=BF16),
+            *slow(
+                case((70, 0, 33, 1), (70, 5, 200, 0), causal=False, pair=True),
+                case((150,), dtype=BF16),
+                case((20, 20), dtype=F32, before=0, out_dtype=np.dtype(np.float16)),
+            ),
+        ],
+        ids=lambda c: f"{c.queries}-{c.dtype}",
     )
+    def test_with_its_preparation(self, given: Case) -> None:
+        check(given, run=functools.partial(interpreted, prepare=True))
+
+    @pytest.mark.parametrize("spec", SPECS)
     def test_quantised(self, spec: Any) -> None:
         check(case((70, 0, 33), (70, 5, 200), output_quant=spec))
 
-    @pytest.mark.parametrize(
-        "options",
-        [
-            *slow({"state_dtype": F32}, {"state_dtype": BF16, "out_dtype": BF16}),
-            {"state_dtype": F32, "output_quant": PER_TENSOR},
-        ],
-        ids=["f32", "bf16", "f32 to fp8"],
-    )
+    @pytest.mark.parametrize("options", STATES)
     def test_initial_state(self, options: dict[str, Any]) -> None:
         check(case((70, 0, 33), (70, 5, 200), **options))
 
@@ -253,7 +280,8 @@ class TestInterpreted:
         assert_bitwise_equal(lse[:, 3:10], arrays.initial_lse[:, 3:10])
         assert np.isfinite(out[50:60]).all()
 
-    @pytest.mark.parametrize("scale", [*slow(-0.1, 0.0, 2.0, NAN)])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("scale", [-0.1, 0.0, 2.0, NAN])
     def test_any_scale(self, scale: float) -> None:
         given = case((70,), (200,), heads=1)
         check(given, make_arrays(given)._replace(softmax_scale=np.full(1, scale, np.float32)))
@@ -305,21 +333,21 @@ class TestInterpreted:
             pytest.fail("this case has something to attend to")
         assert_bitwise_equal(kernel(None, problem, arrays), expected)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("queries", "keys", "cut"),
         [
-            *slow(
-                ((140,), (700,), {"producer": False}),
-                ((140,), (300,), {"stages": 3}),
-                ((9,), (9,), {"producer": False}),
-            ),
+            ((140,), (700,), {"producer": False}),
+            ((140,), (300,), {"stages": 3}),
+            ((9,), (9,), {"producer": False}),
         ],
     )
     def test_other_cuts(self, queries: tuple[int, ...], keys: tuple[int, ...], cut: dict[str, Any]) -> None:
         check(case(queries, keys, heads=1), cut=cut)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
-        "options", [*slow({}, {"state_dtype": F32, "output_quant": Fp8PerGroup.row_major(64)})], ids=["plain", "state"]
+        "options", [{}, {"state_dtype": F32, "output_quant": Fp8PerGroup.row_major(64)}], ids=["plain", "state"]
     )
     def test_several_tiles_a_block(self, options: dict[str, Any]) -> None:
         """Blocks that take tiles of several heads and sequences one after the other, among them unused ones."""
@@ -362,7 +390,8 @@ class TestSplits:
         assert_bitwise_equal(lse[:, 3:10], arrays.initial_lse[:, 3:10])
         assert np.isfinite(out[50:60]).all()
 
-    @pytest.mark.parametrize(("key", "first"), [*slow((250, 40), (100, 0), (299, 89))])
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("key", "first"), [(250, 40), (100, 0), (299, 89)])
     def test_nan_reaches_its_readers_alone(self, key: int, first: int) -> None:
         """Whichever split has it, and has the weight."""
         given, arrays = nan_in_v(key)
@@ -477,7 +506,11 @@ class TestFaults:
         given = case((150,), (420,), heads=1)
         arrays = make_arrays(given)
         sound = interpreted(given.problem(), arrays)
-        assert verdict(faulty, fault, given.problem(), arrays, expected=sound, kernels=2) == expected
+        prepares = fault == "keys in plain order"
+        found = verdict(
+            faulty, fault, given.problem(), arrays, None, prepares, expected=sound, kernels=2 if prepares else 1
+        )
+        assert found == expected
 
     @pytest.mark.parametrize(
         ("fault", "expected"),
@@ -485,7 +518,8 @@ class TestFaults:
             ("none", "clean"),
             ("NaN sought among the split's own keys", "wrong result"),
             ("rows of one split for all", "RaceFound"),
-            *slow(("a block of the next split", "wrong result"), ("a state for every split", "wrong result")),
+            ("a block of the next split", "wrong result"),
+            ("a state for every split", "wrong result"),
         ],
     )
     def test_planted_in_splits(self, fault: str, expected: str) -> None:
@@ -495,11 +529,16 @@ class TestFaults:
             given = case((40,), (200,), heads=1, state_dtype=F32)
             arrays = make_arrays(given)
         sound = interpreted(given.problem(), arrays, cut)
-        assert verdict(faulty, fault, given.problem(), arrays, cut, expected=sound, kernels=3) == expected
+        assert verdict(faulty, fault, given.problem(), arrays, cut, expected=sound, kernels=2) == expected
 
 
 def faulty(
-    interpret: Any, fault: str, problem: MlaProblem, arrays: MlaArrays, cut: dict[str, Any] | None = None
+    interpret: Any,
+    fault: str,
+    problem: MlaProblem,
+    arrays: MlaArrays,
+    cut: dict[str, Any] | None = None,
+    prepare: bool = False,
 ) -> Any:
     """The kernel with one thing replaced."""
     own, products = mla_prefill_sm90._Kernel, mla_prefill_sm90._Products
@@ -546,7 +585,7 @@ def faulty(
     with contextlib.ExitStack() as stack:
         for patch in patches[fault]:
             stack.enter_context(mock.patch.object(*patch))
-        return kernel(interpret, problem, arrays, cut)
+        return kernel(interpret, problem, arrays, cut, prepare)
 
 
 STRESS = (0, 1, 7, 63, 64, 65, 127, 128, 129, 1000, 0, 500)

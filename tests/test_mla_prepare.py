@@ -107,11 +107,27 @@ def transposed_values(v: jax.Array, regions: Regions, align: int) -> tuple[jax.A
 
 
 def expected(case: Case, v: Any, scales: Any = None) -> tuple[Any, Any]:
-    problem = case.problem()
-    regions = key_regions(*map(jnp.asarray, case.ranges()), problem.keys, ALIGN)
+    regions = key_regions(*map(jnp.asarray, case.ranges()), case.problem().keys, ALIGN)
     scales = jnp.asarray(case.scales, jnp.float32) if scales is None else scales
-    rows = jnp.repeat(scales, problem.keys // problem.instances, total_repeat_length=problem.keys)
-    return transposed_values(to_stored(jnp.asarray(v), rows[:, None, None]), regions, ALIGN)
+    return transposed_values(plain_cast(jnp.asarray(v), scales), regions, ALIGN)
+
+
+def plain_cast(x: jax.Array, scale: jax.Array, interpret: Any = None) -> jax.Array:
+    """In place of ``mla_prepare_sm90.cast``."""
+    rows = jnp.repeat(scale, x.shape[0] // len(scale), total_repeat_length=x.shape[0])
+    return to_stored(x, rows.reshape(-1, *[1] * (x.ndim - 1)))
+
+
+def plain_values(
+    problem: MlaProblem, v: jax.Array, scale: jax.Array, blocks: tile_list.KeyBlocks, interpret: Any = None
+) -> tuple[jax.Array, jax.Array]:
+    """In place of ``mla_prepare_sm90.prepare_values``."""
+    first_key, count, local, owner = blocks.blocks.T
+    column = np.arange(ALIGN)
+    order = column // KEY_GROUP * KEY_GROUP + np.asarray(KEY_ORDER)[column % KEY_GROUP]
+    source = jnp.where(order < count[:, None], first_key[:, None] + order, -1)
+    facts = (source.reshape(-1), (local[:, None] + order).reshape(-1), jnp.repeat(owner, ALIGN))
+    return transposed_values(plain_cast(v, scale), Regions(blocks.first, *facts), ALIGN)
 
 
 def prepared(interpret: Any, case: Case, v: np.ndarray, config: PrepareConfig | None = None) -> Any:
