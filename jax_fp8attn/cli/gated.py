@@ -143,7 +143,8 @@ def mla_calls() -> Iterator[Call]:
 
 
 def _mla(label: str, pair: bool = False, splits: int = 1, **options: Any) -> Call:
-    """Through ``build``, which takes a number of splits."""
+    """Through ``steps_of``, which takes a number of splits: attention alone, with splits also their merge. The kernels
+    that prepare its operands have calls of their own."""
     from jax_fp8attn.pallas import mla_prefill_sm90 as kernel
     from jax_fp8attn.problems import MlaArrays, MlaProblem
 
@@ -168,9 +169,14 @@ def _mla(label: str, pair: bool = False, splits: int = 1, **options: Any) -> Cal
         None if state is None else of((heads, tokens), F32),
         one if isinstance(problem.output_quant, Fp8PerTensor) else None,
     )
-    leaves, tree = jax.tree.flatten(arrays)
-    run = kernel.build(problem, dataclasses.replace(kernel.default_config(problem), splits=splits))
-    return Call(label, lambda *given: run(jax.tree.unflatten(tree, given)), tuple(leaves))
+    steps = kernel.steps_of(problem, dataclasses.replace(kernel.default_config(problem), splits=splits))
+    leaves, tree = jax.tree.flatten((arrays, jax.eval_shape(steps.prepare, arrays)))
+
+    def run(*given: Any) -> Any:
+        arrays, (operands, work) = jax.tree.unflatten(tree, given)
+        return steps.finish(arrays, work, steps.attend(operands))
+
+    return Call(label, run, tuple(leaves))
 
 
 def mla_prepare_calls() -> Iterator[Call]:
