@@ -28,7 +28,7 @@ except ImportError as error:
 
 from jax_fp8attn.testing import assert_bitwise_equal
 
-LIMIT = 60.0  # seconds
+LIMIT = 180.0  # seconds: an interpreted kernel takes up to 20 on an idle machine
 
 
 class FaultFound(Exception):
