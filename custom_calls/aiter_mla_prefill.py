@@ -106,7 +106,9 @@ def _limit(problem: MlaProblem, heads: int) -> str:
         "2^31 units of work": shape.tiles * -(-problem.keys // aiter_plan.UNIT) >= 1 << 31,
         "2^32 bytes of work records": heads * shape.segments * aiter_plan.RECORD * 4 >= 1 << 32,
     }
-    return next((f"one head alone would have {what}, beyond the kernel's offsets" for what in limits if limits[what]), "")
+    return next(
+        (f"one head alone would have {what}, beyond the kernel's offsets" for what in limits if limits[what]), ""
+    )
 
 
 @functools.lru_cache(maxsize=64)
@@ -150,9 +152,7 @@ def _instances(problem: MlaProblem, code_object: CodeObject, arrays: MlaArrays) 
         return attend(arrays)
     split = jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), arrays)
     number = jnp.arange(n, dtype=jnp.int32)[:, None]
-    split = split._replace(
-        q_start=split.q_start - number * one.tokens, k_start=split.k_start - number * one.keys
-    )
+    split = split._replace(q_start=split.q_start - number * one.tokens, k_start=split.k_start - number * one.keys)
     return jax.tree.map(lambda x: merge_axes(x, 0), lax.map(attend, split))
 
 
@@ -339,9 +339,7 @@ def _extra_sums(
     return sums, jnp.clip(jnp.cumsum(extras_of, dtype=jnp.int32) - extras_of, 0, shape.extras - 1)
 
 
-def _merge_state(
-    problem: MlaProblem, arrays: MlaArrays, out: jax.Array, lse: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _merge_state(problem: MlaProblem, arrays: MlaArrays, out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Rows of no sequence take nothing from the state; an empty side adds nothing, whatever it holds."""
     inside = (owner(arrays.q_start, arrays.q_length, problem.tokens) >= 0)[:, None]
     state_lse = arrays.initial_lse.T

@@ -25,9 +25,10 @@ COMPILER = shutil.which("c++") or shutil.which("g++") or ""
 needs_compiler = pytest.mark.skipif(not COMPILER, reason="no C++ compiler: neither library can be built")
 KERNEL = "mla_pfl_qh192_vh128_m32x8_n128x1_causal"
 ARGUMENTS = (
-    "ptr_Q ptr_K ptr_V ptr_O ptr_PartialO ptr_PartialLSE ptr_WorkIndptr ptr_WorkInfo ptr_QOIndptr ptr_KVIndptr "
-    "ptr_KVPageIndices ptr_QScale ptr_KScale ptr_VScale scalar num_q_tokens num_head_q num_page num_used_page"
-).split()
+    "ptr_Q", "ptr_K", "ptr_V", "ptr_O", "ptr_PartialO", "ptr_PartialLSE", "ptr_WorkIndptr", "ptr_WorkInfo",
+    "ptr_QOIndptr", "ptr_KVIndptr", "ptr_KVPageIndices", "ptr_QScale", "ptr_KScale", "ptr_VScale", "scalar",
+    "num_q_tokens", "num_head_q", "num_page", "num_used_page",
+)  # fmt: skip
 
 
 def pack(value: Any) -> bytes:

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <mutex>
 #include <set>
 #include <string>
 #include <tuple>
@@ -214,6 +215,8 @@ int hipModuleLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz,
   }
   if (size != sizeof facts.arguments || !arguments || parameters) return kArguments;
   if (gy != 1 || gz != 1 || bx != 512 || by != 1 || bz != 1 || shared) return kGeometry;
+  static std::mutex mutex;  // devices of the CPU share this runtime
+  std::lock_guard<std::mutex> lock(mutex);
   std::memcpy(facts.arguments, arguments, size);
   facts.grid = gx;
   facts.block = bx;

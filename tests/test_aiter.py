@@ -1,7 +1,7 @@
 """AITER's FP8 MLA prefill kernel on gfx950: everything about the call that can be shown without the GPU."""
 
-import contextlib
 import ctypes
+import dataclasses
 import importlib.util
 import json
 import logging
@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,7 +25,7 @@ from jax_fp8attn.custom_calls import aiter_mla_prefill
 from jax_fp8attn.custom_calls.common import aiter_code_object, aiter_library, aiter_plan
 
 import jax_fp8attn as fp8attn
-from jax_fp8attn import InvalidInputError, UnsupportedError, cli, dispatch, testing
+from jax_fp8attn import UnsupportedError, cli, dispatch, testing
 from jax_fp8attn.dispatch import Device
 from jax_fp8attn.problems import MlaProblem
 
@@ -149,6 +148,14 @@ def by_rows(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> tuple[np.
     return out * SCALES["v_scale"], lse
 
 
+def records_of(problem: MlaProblem, ranges: dict[str, jax.Array]) -> np.ndarray:
+    """Work records of a call with one launch."""
+    queries = np.diff(ranges.get("cu_seqlens_q", [0, problem.tokens]))
+    keys = np.diff(ranges.get("cu_seqlens_k", [0, problem.keys]))
+    every = aiter_mla_prefill._all_partial(problem)
+    return plain_plan(queries.tolist(), keys.tolist(), problem.heads, problem.causal, every)[1]
+
+
 def compare(result: Any, want: Any, error: float = ERROR) -> None:
     (out, lse), (want_out, want_lse) = result, want
     testing.assert_relative_error(out, want_out, error)
@@ -167,7 +174,8 @@ class TestEndToEnd:
 
     @pytest.mark.parametrize("causal", [True, False])
     def test_lse_of_every_row(self, machine: Amd, causal: bool) -> None:
-        """Ragged, with empty sequences, rows of no sequence and rows without a key; NaN in memory of no sequence."""
+        """Ragged, with empty sequences, rows of no sequence and rows without a key; NaN in memory of no sequence. A
+        second run is equal bit for bit. Grid, block and the numbers among the kernel's arguments."""
         q, k, v = (x.at[0].set(jnp.nan).at[-1].set(jnp.nan) for x in operands(439, 680, 2, dtype=E4M3))
         call = dict(**RAGGED, **SCALES, causal=causal, return_lse=True, out_dtype=F32)
         out, lse = map(np.asarray, machine.attend(q, k, v, **call))
@@ -175,6 +183,11 @@ class TestEndToEnd:
         empty = np.isneginf(lse).T
         assert empty[:2].all() and empty[437:].all() and not out[empty].any()
         assert empty[307:337].all() == causal and not empty[337:437].any()
+        testing.assert_bitwise_equal(machine.attend(q, k, v, **call), (out, lse))
+        facts = machine.hip.last
+        numbers = np.frombuffer(bytes(facts.arguments), np.uint32)[56::4]
+        assert (facts.grid, facts.block) == (256, 512)
+        assert numbers[0].view(np.float32) == 1 and numbers[1:].tolist() == [439, 2, 680, 680]
 
     @pytest.mark.parametrize("causal", [True, False])
     def test_output_of_the_kernel_itself(self, machine: Amd, causal: bool) -> None:
@@ -203,15 +216,6 @@ class TestEndToEnd:
         testing.assert_relative_error(out.dequantize(), want.dequantize(), 2 * ERROR)
         testing.assert_lse_close(lse, want_lse, LSE_ERROR)
 
-    def test_the_launch(self, machine: Amd) -> None:
-        """Grid, block and the numbers among the arguments."""
-        q, k, v = operands(439, 680, 2)
-        machine.attend(q, k, v, **RAGGED)
-        facts = machine.hip.last
-        numbers = np.frombuffer(bytes(facts.arguments), np.uint32)[56::4]
-        assert (facts.grid, facts.block) == (256, 512)
-        assert numbers[0].view(np.float32) == 1 and numbers[1:].tolist() == [439, 2, 680, 680]
-
     def test_nan_reaches_its_readers_and_no_one_else(self, machine: Amd) -> None:
         """R2, R6: the interpreter refuses every NaN; positions are those of the oracle."""
         q, k, v = operands(150, 150, 2)
@@ -235,11 +239,6 @@ class TestEndToEnd:
             testing.assert_lse_close(lse, want_lse, LSE_ERROR)
             testing.assert_relative_error(out, want, ERROR)
 
-    def test_two_runs_are_equal(self, machine: Amd) -> None:
-        q, k, v = operands(439, 680, 2)
-        runs = [machine.attend(q, k, v, **RAGGED, return_lse=True, out_dtype=F32) for _ in range(2)]
-        testing.assert_bitwise_equal(*runs)
-
     @pytest.mark.parametrize(
         "check",
         [
@@ -253,8 +252,9 @@ class TestEndToEnd:
         ids=lambda check: check.__name__,
     )
     @pytest.mark.slow
-    def test_contract(self, machine: Amd, check: Any) -> None:
+    def test_contract(self, machine: Amd, monkeypatch: pytest.MonkeyPatch, check: Any) -> None:
         """The suite of the op."""
+        monkeypatch.setitem(contract.ONES, "aiter", contract.ONES["pallas"])  # both round probabilities to e4m3
         with dispatch.target_device(MI355X):
             for shape in [(0, 4, 2), (4, 0, 2), (0, 0, 2), (4, 4, 0)] if "sizes" in check.__name__ else [None]:
                 check(*([shape] if shape else []), "aiter")
@@ -269,10 +269,551 @@ class TestEndToEnd:
         compare(machine.attend(q, k, v, **call), oracle(q, k, v, **call))
         assert machine.hip.last.launches == before + 3
 
+    def test_vmap(self, machine: Amd) -> None:
+        """R16: calls with scales of their own; one launch each, in a loop of the device."""
+        q, k, v = operands(3 * 40, 3 * 60, 2)
+        cut = lambda x: x.reshape(3, -1, *x.shape[1:])
+        cu_q, cu_k = jnp.stack([offsets(40), offsets(10, first=3), offsets(0)]), jnp.stack([offsets(60)] * 3)
+        scale = jnp.array([1.0, -0.5, 0.0])
 
-def records_of(problem: MlaProblem, ranges: dict[str, jax.Array]) -> np.ndarray:
-    """Work records of a call with one launch."""
-    queries = np.diff(ranges.get("cu_seqlens_q", [0, problem.tokens]))
-    keys = np.diff(ranges.get("cu_seqlens_k", [0, problem.keys]))
-    every = aiter_mla_prefill._all_partial(problem)
-    return plain_plan(queries.tolist(), keys.tolist(), problem.heads, problem.causal, every)[1]
+        def call(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, scale: Any) -> Any:
+            options = dict(return_lse=True, out_dtype=F32, q_scale=scale, v_scale=scale + 2)
+            return fp8attn.mla_prefill(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **options, implementation="aiter")
+
+        arguments = (cut(q), cut(k), cut(v), cu_q, cu_k, scale)
+        with dispatch.target_device(MI355X):
+            before = machine.hip.last.launches
+            out, lse = jax.block_until_ready(jax.jit(jax.vmap(call))(*arguments))
+            assert machine.hip.last.launches == before + 3
+            for i in range(3):
+                testing.assert_bitwise_equal((out[i], lse[i]), call(*(x[i] for x in arguments)))
+
+    @pytest.mark.slow
+    def test_under_x64_and_scan(self, machine: Amd) -> None:
+        q, k, v = operands(70, 70, 2)
+        call = lambda q, k, v: fp8attn.mla_prefill(q, k, v, return_lse=True, out_dtype=F32, implementation="aiter")
+        with dispatch.target_device(MI355X):
+            want = call(q, k, v)
+            with jax.enable_x64(True):
+                testing.assert_bitwise_equal(call(q, k, v), want)
+            _, scanned = jax.lax.scan(lambda c, x: (c, call(*x)), 0, (q[None], k[None], v[None]))
+            testing.assert_bitwise_equal(jax.tree.map(lambda x: x[0], scanned), want)
+
+    @pytest.mark.slow
+    def test_heads_sharded(self, machine: Amd) -> None:
+        """R17: heads over two devices equal a call of each half."""
+        mesh = jax.make_mesh((2,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))
+        P = jax.sharding.PartitionSpec
+        q, k, v = operands(64, 64, 4)
+        call = lambda q, k, v: fp8attn.mla_prefill(q, k, v, return_lse=True, implementation="aiter")
+        by_head = P(None, "heads", None)
+        with dispatch.target_device(MI355X):
+            sharded = jax.shard_map(call, mesh=mesh, in_specs=(by_head,) * 3, out_specs=(by_head, P("heads", None)))
+            out, lse = jax.jit(sharded)(q, k, v)
+            for half in (slice(0, 2), slice(2, 4)):
+                want = call(q[:, half], k[:, half], v[:, half])
+                testing.assert_bitwise_equal((out[:, half], lse[half]), want)
+
+    def test_nothing_retraces(self, machine: Amd) -> None:
+        """Lengths and scales are values."""
+        q, k, v = operands(40, 40, 1, dtype=E4M3)
+        traces = []
+
+        @jax.jit
+        def call(cu: jax.Array, scale: jax.Array) -> Any:
+            traces.append(cu)
+            return fp8attn.mla_prefill(
+                q, k, v, cu_seqlens_q=cu, softmax_scale=scale, v_scale=scale, implementation="aiter"
+            )
+
+        with dispatch.target_device(MI355X):
+            for n in (0, 17, 40):
+                call(offsets(n, 40 - n), jnp.float32(n)).block_until_ready()
+        assert len(traces) == 1
+
+
+@needs_compiler
+@pytest.mark.slow
+class TestPlantedFaults:
+    """The end-to-end tests fail where the code is wrong."""
+
+    @pytest.mark.parametrize(
+        ("check", "old", "new"),
+        [
+            ("lse", "jnp.where(scale < 0, q ^ 0x80, q)", "q"),
+            ("zero", "jnp.where(usual, jnp.abs(scale), 1.0)", "jnp.abs(scale)"),
+            ("lse", "nan = [x & 0x7F == 0x7F for x in codes]", "nan = [x != x for x in codes]"),
+            ("plain", "own >= start[:, None]", "own >= 0"),
+            ("lse", "found = jnp.minimum(own, later[block + 1])", "found = own"),
+            ("lse", "first_v < visible[:, None, None]", "first_v <= visible[:, None, None]"),
+            ("lse", "merged = merged + jnp.where(several", "merged = merged + 0 * jnp.where(several"),
+            ("lse", "& (jnp.arange(TILE, dtype=jnp.int32) < plan.rows[safe][:, None])", "& jnp.ones(TILE, bool)"),
+            ("lse", "jnp.log(total) + anchor)\n\n\ndef _extra", "jnp.log(total))\n\n\ndef _extra"),
+            ("plain", "jnp.where(in_parts, merged.astype(out.dtype), out)", "out"),
+            ("plain", "where(some[..., None], out, 0.0)", "where(True, out, 0.0)"),
+        ],
+    )
+    def test_in_the_call(self, machine: Amd, monkeypatch: pytest.MonkeyPatch, check: str, old: str, new: str) -> None:
+        broken = mutant(aiter_mla_prefill, old, new)
+        monkeypatch.setitem(sys.modules, aiter_mla_prefill.__name__, broken)
+        assert fails(machine, check)
+
+    @pytest.mark.parametrize(
+        ("old", "new", "why"),
+        [
+            ("arguments.k.value = k.untyped_data()", "arguments.k.value = v.untyped_data()", ""),
+            ("arguments.v_scale.value = v_scale", "arguments.v_scale.value = k_scale", ""),
+            ("arguments.q_scale.value = q_scale.untyped_data()", "arguments.q_scale.value = nullptr", "null pointer"),
+            ("arguments.heads.value = static_cast<uint32_t>(heads)", "arguments.heads.value = 1", ""),
+            ("dimensions()[0] - 1);\n  if", "dimensions()[0] - 9);\n  if", ""),
+            ("blocks, 1, 1, kThreads, 1", "blocks, 1, 1, 256, 1", "wrong grid or block"),
+            ("size_t size = sizeof arguments", "size_t size = 288", "wrong size of the kernel arguments"),
+        ],
+    )
+    def test_in_the_host_library(
+        self, machine: Amd, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, old: str, new: str, why: str
+    ) -> None:
+        source = aiter_library.SOURCE.read_text()
+        assert source.count(old) == 1
+        (tmp_path / "broken.cc").write_text(source.replace(old, new))
+        monkeypatch.setattr(aiter_library, "SOURCE", tmp_path / "broken.cc")
+        monkeypatch.setattr(aiter_library, "TARGET", f"broken.{abs(hash(new))}")
+        aiter_library.build(COMPILER)
+        found = fails(machine, "lse")
+        assert found and why in found
+
+
+CHECKS = ("lse", "plain", "zero")
+
+
+def fails(machine: Amd, check: str) -> str:
+    """How a ragged call with NaN at odd places ends; empty: well."""
+    q, k, v = operands(439, 680, 2, dtype=E4M3)
+    v = v.at[0].set(jnp.nan).at[1 + 7 + 200, 0, 5].set(jnp.nan)
+    scales = SCALES | {"q_scale": 0.0 if check == "zero" else -0.5}
+    options = {} if check == "plain" else dict(return_lse=True, out_dtype=F32)
+    jax.clear_caches()
+    try:
+        result = machine.attend(q, k, v, **RAGGED, **scales, **options)
+        out, lse = by_rows(-q.astype(F32) * (check != "zero"), k, v, True)
+        testing.assert_rows_close(result[0] if options else result, out, 4 * ERROR)
+        if options:
+            testing.assert_lse_close(result[1], lse, LSE_ERROR)
+    except (AssertionError, jax.errors.JaxRuntimeError) as error:
+        return str(error)
+    finally:
+        jax.clear_caches()
+    return ""
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_checks_of_planted_faults_pass_without_one(machine: Amd, check: str) -> None:
+    assert not fails(machine, check)
+
+
+class TestCodeObject:
+    """The check of the file that AITER brings; nothing in it may do more than refuse it."""
+
+    SYMBOL = kernel_facts(True)[".name"]
+
+    def test_a_good_one(self) -> None:
+        assert not aiter_code_object.faults(code_object(kernel_facts(True)), self.SYMBOL)
+
+    @pytest.mark.parametrize(
+        ("content", "why"),
+        [
+            (code_object(kernel_facts(True), flags=0x54C), "another processor"),
+            (code_object(kernel_facts(True), machine=62), "ELF machine 62"),
+            (code_object(kernel_facts(False)), "holds the kernel"),
+            (code_object(kernel_facts(True), kernel_facts(False)), "no code object with one kernel"),
+            (code_object(), "no code object with one kernel"),
+            (
+                code_object(kernel_facts(True, [*aiter_fakes.ARGUMENTS[::-1]])),
+                "another layout of kernel arguments (('num_used_page', 0, 4) where ('ptr_Q', 0, 8) is expected)",
+            ),
+            (code_object(kernel_facts(True, aiter_fakes.ARGUMENTS[:-1])), "18 arguments in 288 bytes where 19 in 304"),
+            (code_object(kernel_facts(True, [*aiter_fakes.ARGUMENTS, "ptr_LSE"])), "AITER changed its FP8 MLA prefill"),
+            (code_object(kernel_facts(True, kernarg_segment_size=320)), "19 arguments in 320 bytes"),
+            (code_object(kernel_facts(True, wavefront_size=32)), "wants another launch"),
+            (code_object(kernel_facts(True, reqd_workgroup_size=[256, 1, 1])), "block [256, 1, 1]"),
+            (code_object(kernel_facts(True, max_flat_workgroup_size=256)), "wants another launch"),
+            (code_object(kernel_facts(True, group_segment_fixed_size=163841)), "wants another launch"),
+            (b"", "no code object"),
+            (b"#!/bin/sh", "no code object"),
+            (bytes((1 << 24) + 1), "more than"),
+        ],
+        ids=lambda x: None if isinstance(x, bytes) else x[:30],
+    )
+    def test_refused(self, content: bytes, why: str) -> None:
+        assert why in aiter_code_object.faults(content, self.SYMBOL)
+
+    def test_any_bytes_are_refused_in_words(self) -> None:
+        """Cut anywhere, or with bytes changed: a reason or nothing, never another error."""
+        good, rng = code_object(kernel_facts(True)), np.random.default_rng(0)
+        assert all(aiter_code_object.faults(good[:size], self.SYMBOL) for size in range(0, len(good) - 64, 7))
+        refused = 0
+        for _ in range(2000):
+            bad = np.frombuffer(good, np.uint8).copy()
+            bad[rng.integers(0, len(bad), rng.integers(1, 9))] = rng.integers(0, 256)
+            refused += bool(aiter_code_object.faults(bad.tobytes(), self.SYMBOL))
+        assert refused > 1000
+
+    def test_nested_without_end(self) -> None:
+        with pytest.raises((ValueError, RecursionError, IndexError)):
+            aiter_code_object.unpack(b"\x91" * 100000)
+
+    def test_where_it_is_looked_for(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The variable, then AITER's packages, which are not imported; the reason names the remedy."""
+        monkeypatch.delenv(aiter_code_object.VARIABLE, raising=False)
+        for package in aiter_code_object.PACKAGES:
+            if importlib.util.find_spec(package):
+                pytest.skip("AITER is installed")
+        with pytest.raises(aiter_code_object.CodeObjectError, match=r"install ROCm/aiter .* JAX_FP8ATTN_AITER_HSA"):
+            aiter_code_object.find(True)
+        package = tmp_path / "aiter_meta"
+        aiter_fakes.write_hsa(package / "hsa")
+        (package / "__init__.py").write_text("raise SystemExit('imported')")
+        monkeypatch.syspath_prepend(tmp_path)
+        assert aiter_code_object.find(True).path.is_relative_to(package)
+        (package / "hsa" / "gfx950" / "mla" / aiter_code_object.file_name(False)).unlink()
+        with pytest.raises(aiter_code_object.CodeObjectError, match=r"causal0.co is not there: that AITER is older"):
+            aiter_code_object.find(False)
+        named = aiter_fakes.write_hsa(tmp_path / "named")
+        monkeypatch.setenv(aiter_code_object.VARIABLE, str(named))
+        assert aiter_code_object.find(False).path.is_relative_to(named)
+        for wrong in ("named", str(tmp_path / "absent")):
+            monkeypatch.setenv(aiter_code_object.VARIABLE, wrong)
+            with pytest.raises(aiter_code_object.CodeObjectError, match="not the absolute path of a folder"):
+                aiter_code_object.find(True)
+
+    def test_a_changed_file_is_checked_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(aiter_code_object.VARIABLE, str(aiter_fakes.write_hsa(tmp_path / "hsa")))
+        before = aiter_code_object.find(True)
+        before.path.write_bytes(code_object(kernel_facts(True), flags=0x44F))
+        assert aiter_code_object.find(True).sha256 != before.sha256
+        before.path.write_bytes(b"no ELF file at all")
+        with pytest.raises(aiter_code_object.CodeObjectError, match="Known good: ROCm/aiter"):
+            aiter_code_object.find(True)
+
+    @pytest.mark.skipif("AITER_CHECKOUT" not in os.environ, reason="AITER_CHECKOUT names no checkout of ROCm/aiter")
+    def test_of_aiter(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The real files."""
+        monkeypatch.setenv(aiter_code_object.VARIABLE, str(Path(os.environ["AITER_CHECKOUT"]).resolve() / "hsa"))
+        assert {len(aiter_code_object.find(causal).sha256) for causal in (True, False)} == {64}
+
+
+class TestSelection:
+    """What is taken where, and why not."""
+
+    @pytest.fixture(autouse=True)
+    def bare(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A machine without any piece."""
+        (tmp_path / "hsa").mkdir()
+        monkeypatch.setenv("JAX_FP8ATTN_CACHE_DIR", str(tmp_path / "cache"))
+        monkeypatch.setenv("JAX_FP8ATTN_AITER_HSA", str(tmp_path / "hsa"))
+
+    def test_automatic_goes_on_with_one_log_line(self, caplog: pytest.LogCaptureFixture) -> None:
+        dispatch._log_once.cache_clear()
+        with caplog.at_level(logging.WARNING, "jax_fp8attn"):
+            for _ in range(3):
+                assert dispatch.select("mla_prefill", PROBLEM, None, MI355X) == "xla"
+        (line,) = caplog.messages
+        assert line.startswith("mla_prefill: aiter is passed over: ") and "\n" not in line
+        assert "python -m jax_fp8attn amd build" in line and "is not there" in line
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "jax_fp8attn"):
+            assert dispatch.select("mla_prefill", PROBLEM, None, MI300X) == "xla"
+            assert dispatch.select("mla_prefill", PROBLEM, "xla", MI355X) == "xla"
+            assert dispatch.select("mla_prefill", PROBLEM, None, Device("cpu")) == "xla"
+        (line,) = caplog.messages
+        assert "needs gfx950 (MI350X, MI355X), the device is gfx942" in line
+
+    def test_a_name_raises_with_every_reason_and_remedy(self) -> None:
+        with dispatch.target_device(MI300X), pytest.raises(UnsupportedError) as caught:
+            fp8attn.mla_prefill(*operands(8, 8, 2), implementation="aiter")
+        text = str(caught.value)
+        for part in ("gfx942", "amd build (needs a C++17 compiler)", "causal1.co is not there"):
+            assert part in text
+
+    def test_explain_and_env(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        with dispatch.target_device(MI355X):
+            explained = fp8attn.explain("mla_prefill", *operands(8, 8, 2))
+            assert cli.main(["env", "--json"]) == 0
+        assert explained.taken == "xla" and len(explained.rows[1].reasons) == 2
+        state = json.loads(capsys.readouterr().out)["implementations"]["mla_prefill"]["aiter"]
+        assert "amd build" in state and "causal0.co" in state and "causal1.co" in state and "rocm" not in state
+        assert cli.main(["env"]) == 0
+        assert re.search(r"aiter +needs gfx950 .* jax's ROCm plugin", capsys.readouterr().out)
+
+    @needs_compiler
+    def test_taken_where_all_is_there(self, machine: Amd) -> None:
+        assert dispatch.select("mla_prefill", PROBLEM, None, MI355X) == "aiter"
+        with dispatch.target_device(MI355X):
+            explained = fp8attn.explain("mla_prefill", *operands(8, 8, 2), return_lse=True)
+        assert explained.taken == "aiter" and any("never run on hardware" in note for note in explained.notes)
+        assert dispatch.elsewhere("mla_prefill", "aiter", None) == "xla"
+
+    @needs_compiler
+    def test_fp8_switched_off(self, machine: Amd, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The variable that SGLang's SGLANG_AITER_FP8_PREFILL_ATTN corresponds to."""
+        monkeypatch.setenv("JAX_FP8ATTN_FP8_PREFILL", "0")
+        with dispatch.target_device(MI355X):
+            assert fp8attn.explain("mla_prefill", *operands(8, 8, 2)).taken == "xla"
+            with pytest.raises(UnsupportedError, match=r"computes in FP8, the call asks for bf16 .*FP8_PREFILL"):
+                fp8attn.mla_prefill(*operands(8, 8, 2), implementation="aiter")
+
+    def test_device_of_jax(self) -> None:
+        """A ROCm device says its architecture where CUDA has its compute capability."""
+
+        class Jax:
+            platform, device_kind = "gpu", "AMD Instinct MI355X"
+            client = type("Client", (), {"platform_version": "PJRT C API\nrocm 70200"})()
+
+            def __init__(self, name: str) -> None:
+                self.compute_capability = name
+
+        assert dispatch._describe(Jax("gfx950:sramecc+:xnack-")) == MI355X
+        assert dispatch._describe(Jax("")).architecture == ""
+
+    @pytest.mark.parametrize(
+        ("sizes", "heads"),
+        [
+            (dict(tokens=8192, keys=8192, heads=128, sequences=8), [128]),
+            (dict(tokens=131072, keys=131072, heads=16, sequences=1), [16]),
+            (dict(tokens=131072, keys=131072, heads=128, sequences=1), [64, 64]),
+            (dict(tokens=8192, keys=200000, heads=128, sequences=1), [64, 64]),
+            (dict(tokens=131072, keys=131072, heads=128, sequences=1, return_lse=True), [22, 22, 21, 21, 21, 21]),
+            (dict(tokens=512, keys=(1 << 24) - 1, heads=2, sequences=1), [1, 1]),
+        ],
+    )
+    def test_limits_of_a_launch(self, sizes: dict[str, int], heads: list[int]) -> None:
+        """As many heads as the kernel's 32-bit offsets reach."""
+        problem = aiter_mla_prefill._one_instance(_problem(**sizes))
+        groups = aiter_mla_prefill._head_groups(problem)
+        assert sum(groups) == problem.heads and list(groups) == heads
+        for count in groups:
+            shape = aiter_mla_prefill._shape(problem, count)
+            assert problem.tokens * count * 256 < 2**32 and problem.keys * count * 192 < 2**32
+            assert shape.partials * 256 * count * 512 <= 2**31 and problem.keys < 2**24
+
+    @pytest.mark.parametrize(
+        ("sizes", "why"),
+        [
+            (dict(keys=1 << 24), "2^24 keys"),
+            (dict(tokens=1 << 24, heads=1), "an output of 2^32 bytes"),
+            (dict(tokens=1 << 23, heads=1, return_lse=True), "partial results of more than 2^31 bytes"),
+        ],
+    )
+    def test_beyond_every_limit(self, sizes: dict[str, Any], why: str) -> None:
+        (reason,) = aiter_mla_prefill._problem_reasons(_problem(**sizes))
+        assert f"one head alone would have {why}, beyond the kernel's offsets" == reason
+
+
+def _problem(**changed: Any) -> MlaProblem:
+    return dataclasses.replace(PROBLEM, **changed)
+
+
+@needs_compiler
+class TestLibrary:
+    """The host library: who may have written it, what it needs, what it refuses."""
+
+    def test_only_ones_own(self, machine: Amd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A link, or a file or folder that others can write, is not loaded."""
+        monkeypatch.setenv("JAX_FP8ATTN_CACHE_DIR", str(tmp_path))
+        path = aiter_library.library_path()
+        with pytest.raises(aiter_library.LibraryError, match="amd build"):
+            aiter_library.find()
+        path.symlink_to(machine.library)
+        with pytest.raises(aiter_library.LibraryError, match="not loaded: it is not a regular file"):
+            aiter_library.find()
+        path.unlink()
+        shutil.copy(machine.library, path)
+        assert aiter_library.find() == path
+        path.chmod(0o722)
+        with pytest.raises(aiter_library.LibraryError, match="others can write it"):
+            aiter_library.find()
+        path.chmod(0o700)
+        tmp_path.chmod(0o777)
+        with pytest.raises(aiter_library.LibraryError, match="others can write it"):
+            aiter_library.find()
+        tmp_path.chmod(0o700)
+        path.write_bytes(b"no library")
+        with pytest.raises(aiter_library.LibraryError, match=r"cannot be loaded: .* Build it again"):
+            aiter_library.load(path)
+        monkeypatch.setenv("JAX_FP8ATTN_CACHE_DIR", "relative")
+        with pytest.warns(RuntimeWarning), pytest.raises(aiter_library.LibraryError, match="no cache folder"):
+            aiter_library.find()
+
+    def test_another_jaxlib_wants_another_library(self, machine: Amd, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(aiter_library.jaxlib, "__version__", "0.99")
+        with pytest.raises(aiter_library.LibraryError, match=r"not built for this package and jaxlib 0\.99"):
+            aiter_library.find()
+
+    def test_needs_nothing_of_rocm(self, machine: Amd) -> None:
+        """Neither linked nor loaded: the library alone brings in the C and C++ runtimes."""
+        if not shutil.which("readelf"):
+            pytest.skip("readelf is not installed")
+        text = subprocess.run(["readelf", "-d", machine.library], capture_output=True, text=True, check=True).stdout
+        needed = set(re.findall(r"NEEDED.*\[(.+?)\.so", text))
+        assert needed <= {"libstdc++", "libm", "libgcc_s", "libc", "libdl", "ld-linux-x86-64", "ld-linux-aarch64"}
+        source = aiter_library.SOURCE.read_text()
+        assert "RTLD_GLOBAL" not in source and "glob" not in source and "hip/" not in source
+
+    def test_no_hip(self, machine: Amd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A copy of the library has no runtime yet: none named, one that is none, then one."""
+        copy = shutil.copy(machine.library, tmp_path / "copy.so")
+        library = ctypes.CDLL(copy)
+        monkeypatch.delenv("JAX_FP8ATTN_HIP_LIBRARY")
+        assert "JAX_FP8ATTN_HIP_LIBRARY names none" in aiter_library.why_no_hip(library)
+        monkeypatch.setenv("JAX_FP8ATTN_HIP_LIBRARY", str(tmp_path / "absent.so"))
+        assert "cannot dlopen libamdhip64" in aiter_library.why_no_hip(library)
+        monkeypatch.setenv("JAX_FP8ATTN_HIP_LIBRARY", str(machine.library))
+        assert "lacks a function" in aiter_library.why_no_hip(library)
+        monkeypatch.setenv("JAX_FP8ATTN_HIP_LIBRARY", str(machine.hip.path))
+        assert aiter_library.why_no_hip(library) == ""
+
+    GOOD = dict(tokens=4, keys=4, heads=1, width=192, dtype=E4M3, rows=256, blocks=2, scales=1)
+
+    @pytest.mark.parametrize(
+        ("changed", "why"),
+        [
+            ({}, ""),
+            (dict(dtype=jnp.float8_e5m2), "must be float8_e4m3fn"),
+            (dict(width=128), "[T, H, 192]"),
+            (dict(rows=255), "wrong shape"),
+            (dict(blocks=-1), "wrong shape"),
+            (dict(scales=0), "a scale must be one float32"),
+            (dict(scales=2), "a scale must be one float32"),
+            (dict(object="0" * 64), "SHA-256 000"),
+            (dict(symbol="other"), "hipModuleGetFunction: symbol not found"),
+            pytest.param(dict(rows=(1 << 22) + 256), "at most 2^31 bytes", marks=pytest.mark.slow),
+        ],
+    )
+    def test_refused_by_the_call(self, machine: Amd, changed: dict[str, Any], why: str) -> None:
+        """What JAX code cannot send, since it checks before: the library checks again."""
+        facts = self.GOOD | changed
+        known = aiter_mla_prefill.prepare(True)
+        tokens, keys, heads, rows = (facts[name] for name in ("tokens", "keys", "heads", "rows"))
+        shapes = [((tokens, heads, 128), BF16), ((rows, heads, 128), F32), ((rows, heads), F32)]
+        call = jax.ffi.ffi_call(aiter_library.TARGET, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
+        codes = [
+            jnp.zeros((n, heads, width), facts["dtype"])
+            for n, width in ((tokens, facts["width"]), (keys, 192), (keys, 128))
+        ]
+        ints = [jnp.array([0, 4], jnp.int32)] * 2 + [jnp.arange(keys, dtype=jnp.int32)]
+        ints += [jnp.zeros(facts["blocks"] + 1, jnp.int32), jnp.zeros((1, 8), jnp.int32)]
+        scales = [jnp.ones(facts["scales"], F32)] * 3
+        attributes = dict(code_object=facts.get("object", known.sha256), symbol=facts.get("symbol", known.symbol))
+        if not why:
+            jax.block_until_ready(call(*codes, *ints, *scales, **attributes))
+            return
+        with pytest.raises(jax.errors.JaxRuntimeError, match=re.escape(why)):
+            jax.block_until_ready(call(*codes, *ints, *scales, **attributes))
+
+    @pytest.mark.slow
+    def test_no_hip_while_running(self, machine: Amd) -> None:
+        """A process without HIP: the call says so, and what to set."""
+        code = (
+            "import jax.numpy as jnp, jax_fp8attn as f\n"
+            "x = jnp.ones((8, 1, 192)), jnp.ones((8, 1, 192)), jnp.ones((8, 1, 128))\n"
+            "with f.dispatch.target_device(f.dispatch.Device('rocm', architecture='gfx950')):\n"
+            "    f.mla_prefill(*x, implementation='aiter').block_until_ready()\n"
+        )
+        environment = os.environ | machine.environment
+        del environment["JAX_FP8ATTN_HIP_LIBRARY"]
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 1
+        assert "FAILED_PRECONDITION: jax_fp8attn: cannot dlopen libamdhip64" in done.stderr
+
+
+@needs_compiler
+class TestExport:
+    def test_for_rocm_without_one(self, machine: Amd) -> None:
+        """What a serialised program asks of the machine that runs it: one call, named, typed, and tied to the very file
+        that was checked here; no path of this machine."""
+        q, k, v = operands(300, 300, 4, dtype=E4M3)
+        call = lambda q, k, v, cu: fp8attn.mla_prefill(q, k, v, cu_seqlens_q=cu, return_lse=True)
+        with dispatch.target_device(MI355X):
+            allowed = [jax.export.DisabledSafetyCheck.custom_call(aiter_library.TARGET)]
+            exported = jax.export.export(jax.jit(call), platforms=["rocm"], disabled_checks=allowed)(
+                q, k, v, offsets(100, 200)
+            )
+        text = jax.export.deserialize(exported.serialize()).mlir_module()
+        assert exported.platforms == ("rocm",)
+        calls = [line for line in text.splitlines() if "custom_call @" in line]
+        (line,) = [x for x in calls if aiter_library.TARGET in x]
+        code = aiter_code_object.find(True)
+        assert f'code_object = "{code.sha256}"' in line and f'symbol = "{code.symbol}"' in line
+        assert "api_version = 4" in line and line.count(" = ") >= 4
+        rows = aiter_mla_prefill._shape(_problem(tokens=300, heads=4, sequences=2, return_lse=True), 4).partials * 256
+        types = line[line.rindex(" : ") :]
+        assert types.startswith(
+            " : (tensor<300x4x192xf8E4M3FN>, tensor<300x4x192xf8E4M3FN>, tensor<300x4x128xf8E4M3FN>"
+        )
+        assert types.count("tensor<1xf32>") == 3 and "tensor<257xi32>" in types
+        assert f"-> (tensor<300x4x128xbf16>, tensor<{rows}x4x128xf32>, tensor<{rows}x4xf32>)" in types
+        assert str(machine.hsa) not in text and str(machine.cache) not in text
+        assert not any("callback" in x or "infeed" in x or "outfeed" in x for x in text.splitlines())
+
+    def test_a_custom_call_must_be_allowed(self, machine: Amd) -> None:
+        q, k, v = operands(8, 8, 1)
+        with dispatch.target_device(MI355X), pytest.raises(ValueError, match=aiter_library.TARGET):
+            jax.export.export(jax.jit(fp8attn.mla_prefill), platforms=["rocm"])(q, k, v)
+
+
+@needs_compiler
+class TestCommandLine:
+    def test_build_that_cannot(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+        monkeypatch.setenv("JAX_FP8ATTN_CACHE_DIR", str(tmp_path / "cache"))
+        failing = tmp_path / "compiler"
+        failing.write_text("#!/bin/sh\necho no such header >&2\nexit 1\n")
+        failing.chmod(0o755)
+        assert cli.main(["amd", "build", "--compiler", str(failing)]) == 1
+        assert "failed:\nno such header" in capsys.readouterr().out
+        assert cli.main(["amd", "build", "--compiler", str(tmp_path / "absent"), "--json"]) == 1
+        assert "cannot be run" in json.loads(capsys.readouterr().out)["error"]
+        monkeypatch.setenv("PATH", "")
+        assert cli.main(["amd", "build"]) == 1 and "no C++ compiler" in capsys.readouterr().out
+        assert not list((tmp_path / "cache").iterdir())
+
+    @pytest.mark.slow
+    def test_build(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+        """Into a folder of the user's own, where it is found."""
+        monkeypatch.setenv("JAX_FP8ATTN_CACHE_DIR", str(tmp_path / "cache"))
+        assert cli.main(["amd", "build", "--json"]) == 0
+        built = json.loads(capsys.readouterr().out)["built"]
+        assert aiter_library.find() == Path(built) and (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
+        assert [str(path) for path in (tmp_path / "cache").iterdir()] == [built]
+
+    def test_selftest_without_a_gpu(self, machine: Amd, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+        """Says of each piece whether it is there, and runs nothing."""
+        assert cli.main(["amd", "selftest", "--json"]) == 2
+        report = json.loads(capsys.readouterr().out)
+        states = {name: state.partition(":")[0] for name, state in report["pieces"].items()}
+        assert states.pop("GPU") == "none" and set(states.values()) == {"ok"} and len(states) == 4
+        assert report["cases"] == [] and not report["passed"]
+        monkeypatch.setenv("JAX_FP8ATTN_CACHE_DIR", str(machine.hsa))
+        assert cli.main(["amd", "selftest"]) == 2
+        text = capsys.readouterr().out
+        assert "amd build" in text and "not run" in text
+
+    @pytest.mark.slow
+    def test_selftest(self, machine: Amd, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+        """On the interpreter it passes; with a kernel that is off it does not."""
+        with dispatch.target_device(MI355X):
+            assert cli.main(["amd", "selftest", "--json"]) == 0
+            report = json.loads(capsys.readouterr().out)
+            assert report["passed"] and len(report["cases"]) == 6
+            amd = importlib.import_module("jax_fp8attn.cli.amd")
+            monkeypatch.setattr(amd, "CASES", amd.CASES[1:2])
+            original = aiter_mla_prefill._call
+            off = lambda *args: [x + 0.01 if i == 2 else x for i, x in enumerate(original(*args))]
+            monkeypatch.setattr(aiter_mla_prefill, "_call", off)
+            jax.clear_caches()
+            assert cli.main(["amd", "selftest"]) == 1
+        jax.clear_caches()
+        assert "BROKEN: lse" in capsys.readouterr().out

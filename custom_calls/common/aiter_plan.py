@@ -151,9 +151,7 @@ def _cut(shape: Shape, starts: jax.Array) -> _Segments:
     cuts = group * (total // shape.groups) + jnp.minimum(group, total % shape.groups)
     low = jnp.sort(jnp.concatenate([starts[:-1], cuts[:-1]]))
     high = jnp.concatenate([low[1:], total[None]])
-    return _Segments(
-        _interval(starts, low, shape.tiles), _interval(cuts, low, shape.groups), low, high, high > low
-    )
+    return _Segments(_interval(starts, low, shape.tiles), _interval(cuts, low, shape.groups), low, high, high > low)
 
 
 def build(shape: Shape, ranges: Ranges) -> Plan:

@@ -16,8 +16,9 @@ from jax_fp8attn import dispatch
 from jax_fp8attn._version import VERSION
 
 PACKAGES = (
-    "jax", "jaxlib", "jax-cuda13-plugin", "jax-rocm7-plugin", "amd-aiter", "numpy", "ml_dtypes", "flax", "torch", "jax-triton",
-    "triton", "jax-tvm-ffi", "nvidia-cutlass-dsl", "flashinfer-python", "qwix", "rich", "matplotlib", "hypothesis",
+    "jax", "jaxlib", "jax-cuda13-plugin", "jax-rocm7-plugin", "numpy", "ml_dtypes", "flax", "torch", "jax-triton",
+    "triton", "jax-tvm-ffi", "nvidia-cutlass-dsl", "flashinfer-python", "amd-aiter", "qwix", "rich", "matplotlib",
+    "hypothesis",
 )  # fmt: skip
 VARIABLES = (
     "JAX_FP8ATTN_IMPLEMENTATION", "JAX_FP8ATTN_FP8_PREFILL", "JAX_FP8ATTN_CACHE_DIR", "JAX_FP8ATTN_HIP_LIBRARY",
