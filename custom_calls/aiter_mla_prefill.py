@@ -173,13 +173,18 @@ class _Operands(NamedTuple):
 def _attend(problem: MlaProblem, code_object: CodeObject, arrays: MlaArrays) -> tuple[jax.Array, jax.Array]:
     """out [T, H, 128], float32 or the kernel's own bf16, and lse [T, H]."""
     ranges = Ranges(arrays.q_start, arrays.q_length, arrays.k_start, arrays.k_length)
+    sequence = owner(ranges.q_start, ranges.q_length, problem.tokens)
     operands, nan = _load(arrays)
     parts, first = [], 0
     for heads in _head_groups(problem):
-        parts.append(_launch(_shape(problem, heads), code_object, ranges, operands.heads(first, heads)))
+        shape = _shape(problem, heads)
+        plan = aiter_plan.build(shape, ranges)
+        results = _call(shape, code_object, ranges, plan, operands.heads(first, heads))
+        places = aiter_plan.token_places(shape, ranges, sequence)
+        parts.append(_merge(shape, plan, places, *as_varying(tuple(results), arrays)))
         first += heads
     out, lse = (jnp.concatenate(x, axis=1) if len(x) > 1 else x[0] for x in zip(*parts, strict=True))
-    visible, nan_row, nan_value = _reach(problem, ranges, nan)
+    visible, nan_row, nan_value = _reach(problem, ranges, sequence, nan)
     some = (visible > 0)[:, None]
     out = jnp.where(nan_row[..., None] | nan_value, jnp.nan, out)
     return jnp.where(some[..., None], out, 0.0), jnp.where(some, jnp.where(nan_row, jnp.nan, lse), -jnp.inf)
@@ -212,9 +217,10 @@ def _load(arrays: MlaArrays) -> tuple[_Operands, _Nan]:
     return operands, _Nan(jnp.any(nan[0], axis=-1), jnp.any(nan[1], axis=-1), nan[2], ~jnp.isfinite(scale))
 
 
-def _reach(problem: MlaProblem, ranges: Ranges, nan: _Nan) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _reach(
+    problem: MlaProblem, ranges: Ranges, sequence: jax.Array, nan: _Nan
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Of every token: how many keys it sees [T], whether NaN is in its scores [T, H] and in its values [T, H, 128]."""
-    sequence = owner(ranges.q_start, ranges.q_length, problem.tokens)
     inside = jnp.maximum(sequence, 0)
     visible = keys = ranges.k_length[inside]
     if problem.causal:
@@ -243,14 +249,6 @@ def _first_nan(bad: jax.Array, start: jax.Array) -> jax.Array:
     return jnp.where(found == NEVER, NEVER, found - start)
 
 
-def _launch(
-    shape: aiter_plan.Shape, code_object: CodeObject, ranges: Ranges, operands: _Operands
-) -> tuple[jax.Array, jax.Array]:
-    plan = aiter_plan.build(shape, ranges)
-    results = _call(shape, code_object, ranges, plan, operands)
-    return _merge(shape, ranges, plan, *as_varying(tuple(results), operands))
-
-
 def _call(
     shape: aiter_plan.Shape, code_object: CodeObject, ranges: Ranges, plan: aiter_plan.Plan, operands: _Operands
 ) -> list[jax.Array]:
@@ -277,12 +275,18 @@ def _call(
 
 
 def _merge(
-    shape: aiter_plan.Shape, ranges: Ranges, plan: aiter_plan.Plan, out: jax.Array, partial: jax.Array, lse: jax.Array
+    shape: aiter_plan.Shape,
+    plan: aiter_plan.Plan,
+    places: tuple[jax.Array, jax.Array],
+    out: jax.Array,
+    partial: jax.Array,
+    lse: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Partial tiles into rows: out [T, H, 128] and lse [T, H]. Rows without a key hold anything."""
+    """Partial tiles into rows, out [T, H, 128] and lse [T, H], by the tile and row of each token. A token that sees no
+    key gets anything."""
+    tile, row = places
     partial = partial.reshape(shape.partials, TILE, shape.heads, VALUES)
     share, tile_lse = _shares(shape, plan, lse.reshape(shape.partials, TILE, shape.heads))
-    _, tile, row = aiter_plan.token_places(shape, ranges)
     first = jnp.minimum(plan.first_partial[tile], shape.partials - 1)
     merged = _weighted(share[first, row], partial[first, row])  # [T, H, 128]
     if shape.extras:

@@ -106,7 +106,7 @@ def faults(content: bytes, symbol: str) -> str:
         metadata = read_metadata(content)
         (kernel,) = metadata["amdhsa.kernels"]
         return _kernel_faults(kernel, symbol)
-    except (struct.error, IndexError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (struct.error, LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         return f"is no code object with one kernel ({type(error).__name__})"
 
 

@@ -18,8 +18,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_fp8attn.offsets import owner
-
 TILE, UNIT = 256, 128  # rows of a tile, keys of a unit
 BLOCKS = 256  # that are launched: the compute units of an MI350X and MI355X; any number is right
 RECORD = 8  # int32 of a work record
@@ -111,23 +109,22 @@ def _running(counts: jax.Array) -> jax.Array:
 
 def _interval(starts: jax.Array, position: jax.Array, count: int) -> jax.Array:
     """The interval that a position lies in; the last one of several that start there."""
-    return jnp.clip(jnp.searchsorted(starts, position, side="right").astype(jnp.int32) - 1, 0, count - 1)
+    place = jnp.searchsorted(starts, position, side="right", method="compare_all")  # one pass, no loop of the device
+    return jnp.clip(place.astype(jnp.int32) - 1, 0, count - 1)
 
 
 def _first_tiles(ranges: Ranges) -> jax.Array:
     return _running(-(-ranges.q_length // TILE))
 
 
-def token_places(shape: Shape, ranges: Ranges) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Sequence, tile and row of every token, int32 [T]; the sequence is -1 outside of all, the others then anything."""
-    sequence = owner(ranges.q_start, ranges.q_length, shape.tokens)
+def token_places(shape: Shape, ranges: Ranges, sequence: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Tile and row of every token, int32 [T], from the sequence that it is of; anything for a token of none."""
     inside = jnp.maximum(sequence, 0)
     local = jnp.arange(shape.tokens, dtype=jnp.int32) - ranges.q_start[inside]
     number, count = local // TILE, -(-ranges.q_length // TILE)[inside]
     from_front = 2 * number < count  # tiles are visited 0, n - 1, 1, n - 2, ...
     place = jnp.where(from_front, 2 * number, 2 * (count - 1 - number) + 1)
-    tile = jnp.clip(_first_tiles(ranges)[inside] + place, 0, shape.tiles - 1)
-    return sequence, tile, local % TILE
+    return jnp.clip(_first_tiles(ranges)[inside] + place, 0, shape.tiles - 1), local % TILE
 
 
 def _query_tiles(shape: Shape, ranges: Ranges) -> _Tiles:
