@@ -42,10 +42,13 @@ def supports(problem: MlaProblem, device: Device) -> tuple[str, ...]:
 def missing(device: Device, kernels: tuple[bool, ...] = (True, False)) -> tuple[str, ...]:
     """What no call can do without and is not here, with the remedy. Loads nothing."""
     reasons = []
-    if device.architecture != ARCHITECTURE:
-        plugin = "" if device.platform == "rocm" else " with jax's ROCm plugin (jax-rocm7-plugin, jax-rocm7-pjrt)"
-        name = device.architecture or f"{device.platform} {device.kind}".rstrip()
-        reasons.append(f"needs {ARCHITECTURE} (MI350X, MI355X){plugin}, the device is {name}")
+    if device.platform == "rocm" and device.architecture != ARCHITECTURE:
+        name = device.architecture or device.kind
+        return (f"needs {ARCHITECTURE} (MI350X, MI355X), the device is {name}: AITER has no such kernel for it",)
+    if device.platform != "rocm":
+        reasons.append(
+            f"needs {ARCHITECTURE} (MI350X, MI355X) and jax's ROCm plugin (jax-rocm7-plugin, jax-rocm7-pjrt)"
+        )
     try:
         aiter_library.find()
     except LibraryError as error:
