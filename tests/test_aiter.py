@@ -570,19 +570,6 @@ class TestSelection:
             with pytest.raises(UnsupportedError, match=r"computes in FP8, the call asks for bf16 .*FP8_PREFILL"):
                 fp8attn.mla_prefill(*operands(8, 8, 2), implementation="aiter")
 
-    def test_device_of_jax(self) -> None:
-        """A ROCm device says its architecture where CUDA has its compute capability."""
-
-        class Jax:
-            platform, device_kind = "gpu", "AMD Instinct MI355X"
-            client = type("Client", (), {"platform_version": "PJRT C API\nrocm 70200"})()
-
-            def __init__(self, name: str) -> None:
-                self.compute_capability = name
-
-        assert dispatch._describe(Jax("gfx950:sramecc+:xnack-")) == MI355X
-        assert dispatch._describe(Jax("")).architecture == ""
-
     @pytest.mark.parametrize(
         ("sizes", "heads"),
         [
