@@ -212,8 +212,8 @@ def _load(arrays: MlaArrays) -> tuple[_Operands, _Nan]:
     nan = [x & 0x7F == 0x7F for x in codes]
     q, k, v = (jnp.where(bad, jnp.uint8(0), x) for bad, x in zip(nan, codes, strict=True))
     scale = arrays.q_scale * arrays.k_scale * arrays.softmax_scale
-    usual = jnp.isfinite(scale) & (scale != 0)
-    # with a scale of 0 all scores are 0, and so they are with queries of 0
+    usual = jnp.isfinite(scale) & (jnp.abs(scale) >= TINY)
+    # with a scale of 0, as the GPU sees it, all scores are 0, and so they are with queries of 0
     q = jnp.where(usual, jnp.where(scale < 0, q ^ 0x80, q), jnp.uint8(0))
     q, k, v = (lax.bitcast_convert_type(x, E4M3) for x in (q, k, v))
     operands = _Operands(q, k, v, jnp.where(usual, jnp.abs(scale), 1.0), arrays.v_scale)

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,8 +38,17 @@ ERROR, LSE_ERROR = 0.03, 1e-5  # of outputs by their norm, for probabilities in 
 PROBLEM = MlaProblem(512, 512, 2, 16, *[np.dtype(E4M3)] * 3, np.dtype(BF16))
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu() -> Iterator[None]:
+    """Where the interpreter is, whatever GPU this machine has."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
 @pytest.fixture(scope="session")
 def amd(tmp_path_factory: pytest.TempPathFactory) -> Amd:
+    if "rocm" in jax.devices()[0].client.platform_version.lower():
+        pytest.skip("jax has loaded a HIP runtime, which the host library takes: python -m jax_fp8attn amd selftest")
     return Amd(tmp_path_factory.mktemp("amd"))
 
 
@@ -150,8 +160,7 @@ def oracle(*args: Any, **kwargs: Any) -> Any:
 def by_rows(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> tuple[np.ndarray, np.ndarray]:
     """RAGGED with SCALES, row by row in float64."""
     scale = SCALES["q_scale"] * SCALES["k_scale"] * 192**-0.5
-    cu_q, cu_k = RAGGED["cu_seqlens_q"], RAGGED["cu_seqlens_k"]
-    out, lse = contract.numpy_attention(q, k, v, np.asarray(cu_q), np.asarray(cu_k), causal, scale)
+    out, lse = contract.numpy_attention(q, k, v, RAGGED["cu_seqlens_q"], RAGGED["cu_seqlens_k"], causal, scale)
     return out * SCALES["v_scale"], lse
 
 
@@ -171,7 +180,10 @@ def compare(result: Any, want: Any, error: float = ERROR) -> None:
 
 
 QUERIES, KEYS = (0, 300, 0, 5, 130, 0), (7, 300, 0, 261, 100, 9)
-RAGGED = dict(cu_seqlens_q=offsets(*QUERIES, first=2), cu_seqlens_k=offsets(*KEYS, first=1))
+RAGGED = {
+    f"cu_seqlens_{name}": np.cumsum([first, *lengths]).astype(np.int32)
+    for name, first, lengths in (("q", 2, QUERIES), ("k", 1, KEYS))
+}
 SCALES = dict(q_scale=0.5, k_scale=2.0, v_scale=1.5)
 
 
@@ -310,7 +322,8 @@ class TestEndToEnd:
     @pytest.mark.slow
     def test_heads_sharded(self, machine: Amd) -> None:
         """R17: heads over two devices equal a call of each half."""
-        mesh = jax.make_mesh((2,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))
+        devices = jax.devices("cpu")[:2]
+        mesh = jax.make_mesh((2,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
         P = jax.sharding.PartitionSpec
         q, k, v = operands(64, 64, 4)
         call = lambda q, k, v: fp8attn.mla_prefill(q, k, v, return_lse=True, implementation="aiter")
@@ -502,9 +515,14 @@ class TestCodeObject:
 
     @pytest.mark.skipif("AITER_CHECKOUT" not in os.environ, reason="AITER_CHECKOUT names no checkout of ROCm/aiter")
     def test_of_aiter(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The real files."""
-        monkeypatch.setenv(aiter_code_object.VARIABLE, str(Path(os.environ["AITER_CHECKOUT"]).resolve() / "hsa"))
+        """The real files, and the arguments that AITER's own launcher fills, in its order."""
+        checkout = Path(os.environ["AITER_CHECKOUT"]).resolve()
+        monkeypatch.setenv(aiter_code_object.VARIABLE, str(checkout / "hsa"))
         assert {len(aiter_code_object.find(causal).sha256) for causal in (True, False)} == {64}
+        launcher = (checkout / "csrc" / "py_itfs_cu" / "asm_mla.cu").read_text()
+        (body,) = re.findall(r"PsKernelArgs\s*\{(.*?)\};", launcher, re.S)
+        fields = re.findall(r"(?:void\s*\*|float|unsigned int)\s*(\w+);", body)
+        assert fields == [name for name, _, _ in aiter_code_object.LAYOUT]
 
 
 class TestSelection:
