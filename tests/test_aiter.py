@@ -192,9 +192,10 @@ class TestEndToEnd:
     """The public op under jit, plan and merge in JAX, the host library, and the kernel's interpreter."""
 
     @pytest.mark.parametrize("causal", [True, False])
-    def test_lse_of_every_row(self, machine: Amd, causal: bool) -> None:
+    def test_lse_of_every_row(self, machine: Amd, monkeypatch: pytest.MonkeyPatch, causal: bool) -> None:
         """Ragged, with empty sequences, rows of no sequence and rows without a key; NaN in memory of no sequence. A
-        second run is equal bit for bit. Grid, block and the numbers among the kernel's arguments."""
+        second run is equal bit for bit. Grid, block and the numbers among the kernel's arguments. Other lengths and
+        scales are values: nothing is traced again."""
         q, k, v = (x.at[0].set(jnp.nan).at[-1].set(jnp.nan) for x in operands(439, 680, 2, dtype=E4M3))
         call = dict(**RAGGED, **SCALES, causal=causal, return_lse=True, out_dtype=F32)
         out, lse = map(np.asarray, machine.attend(q, k, v, **call))
@@ -207,6 +208,9 @@ class TestEndToEnd:
         numbers = np.frombuffer(bytes(facts.arguments), np.uint32)[56::4]
         assert (facts.grid, facts.block) == (256, 512)
         assert numbers[0].view(np.float32) == 1 and numbers[1:].tolist() == [439, 2, 680, 680]
+        monkeypatch.setattr(aiter_mla_prefill, "run", None)
+        other = {name: offsets(9, 1, 0, 2, 100, 5, first=1) for name in RAGGED} | {name: 0.75 for name in SCALES}
+        assert np.isfinite(machine.attend(q, k, v, **(call | other))[1][:, 1:118]).all()
 
     @pytest.mark.parametrize("causal", [True, pytest.param(False, marks=pytest.mark.slow)])
     def test_output_of_the_kernel_itself(self, machine: Amd, causal: bool) -> None:
@@ -249,16 +253,16 @@ class TestEndToEnd:
                 testing.assert_same_nonfinite(result[0], want[0], f"{name} {position}")
                 testing.assert_same_nonfinite(result[1], want[1], f"{name} {position}")
 
-    @pytest.mark.parametrize("name", ["softmax_scale", pytest.param("v_scale", marks=pytest.mark.slow)])
-    def test_hostile_scales(self, machine: Amd, name: str) -> None:
+    def test_hostile_scales(self, machine: Amd) -> None:
         """R7: zero, negative, infinite and NaN scales; the interpreter refuses all but positive ones of scores."""
         q, k, v = operands(40, 40, 2)
-        for value in (0.0, -0.1, 1e-30, jnp.inf, jnp.nan):
-            call = {name: jnp.float32(value), "return_lse": True, "out_dtype": F32}
-            (out, lse), (want, want_lse) = machine.attend(q, k, v, **call), oracle(q, k, v, **call)
-            testing.assert_same_nonfinite(out, want, f"{name}={value}")
-            testing.assert_lse_close(lse, want_lse, LSE_ERROR)
-            testing.assert_relative_error(out, want, ERROR)
+        for name in ("softmax_scale", "v_scale"):
+            for value in (0.0, -0.1, 1e-40, jnp.inf, jnp.nan):
+                call = {name: jnp.float32(value), "return_lse": True, "out_dtype": F32}
+                (out, lse), (want, want_lse) = machine.attend(q, k, v, **call), oracle(q, k, v, **call)
+                testing.assert_same_nonfinite(out, want, f"{name}={value}")
+                testing.assert_lse_close(lse, want_lse, LSE_ERROR)
+                testing.assert_relative_error(out, want, ERROR)
 
     @pytest.mark.parametrize(
         "check",
@@ -335,24 +339,6 @@ class TestEndToEnd:
                 want = call(q[:, half], k[:, half], v[:, half])
                 testing.assert_bitwise_equal((out[:, half], lse[half]), want)
 
-    @pytest.mark.slow
-    def test_nothing_retraces(self, machine: Amd) -> None:
-        """Lengths and scales are values."""
-        q, k, v = operands(40, 40, 1, dtype=E4M3)
-        traces = []
-
-        @jax.jit
-        def call(cu: jax.Array, scale: jax.Array) -> Any:
-            traces.append(cu)
-            return fp8attn.mla_prefill(
-                q, k, v, cu_seqlens_q=cu, softmax_scale=scale, v_scale=scale, implementation="aiter"
-            )
-
-        with dispatch.target_device(MI355X):
-            for n in (0, 17, 40):
-                call(offsets(n, 40 - n), jnp.float32(n)).block_until_ready()
-        assert len(traces) == 1
-
 
 @needs_compiler
 @pytest.mark.slow
@@ -364,12 +350,10 @@ class TestPlantedFaults:
         [
             ("lse", "jnp.where(scale < 0, q ^ 0x80, q)", "q"),
             ("zero", "jnp.where(usual, jnp.abs(scale), 1.0)", "jnp.abs(scale)"),
-            ("lse", "nan = [x & 0x7F == 0x7F for x in codes]", "nan = [x != x for x in codes]"),
             ("plain", "own >= start[:, None]", "own >= 0"),
             ("lse", "first_v < visible[:, None, None]", "first_v <= visible[:, None, None]"),
             ("lse", "merged = merged + jnp.where(several", "merged = merged + 0 * jnp.where(several"),
             ("lse", "& (jnp.arange(TILE, dtype=jnp.int32) < plan.rows[safe][:, None])", "& jnp.ones(TILE, bool)"),
-            ("lse", "jnp.log(total) + anchor)\n\n\ndef _extra", "jnp.log(total))\n\n\ndef _extra"),
             ("plain", "jnp.where(in_parts, merged.astype(out.dtype), out)", "out"),
         ],
     )
