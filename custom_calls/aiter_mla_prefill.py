@@ -24,6 +24,7 @@ from jax_fp8attn.custom_calls.common.aiter_library import LibraryError
 from jax_fp8attn.custom_calls.common.aiter_plan import TILE, Ranges
 
 from jax_fp8attn.dispatch import Device
+from jax_fp8attn.errors import UnsupportedError
 from jax_fp8attn.folding import as_varying, merge_axes
 from jax_fp8attn.offsets import owner
 from jax_fp8attn.problems import MlaArrays, MlaProblem
@@ -128,8 +129,11 @@ def _head_groups(problem: MlaProblem) -> tuple[int, ...]:
 def prepare(causal: bool) -> CodeObject:
     """Loads the host library, registers its calls with jax and gives it the kernel. A process that runs an exported
     program, and traces none, calls this itself."""
-    code_object = aiter_code_object.find(causal)
-    aiter_library.add(aiter_library.load(aiter_library.find()), code_object)
+    try:
+        code_object = aiter_code_object.find(causal)
+        aiter_library.add(aiter_library.load(aiter_library.find()), code_object)
+    except (CodeObjectError, LibraryError) as error:
+        raise UnsupportedError("mla_prefill: 'aiter' cannot be prepared:", {"aiter": (str(error),)}) from None
     return code_object
 
 

@@ -637,6 +637,8 @@ class TestLibrary:
         path.write_bytes(b"no library")
         with pytest.raises(aiter_library.LibraryError, match=r"cannot be loaded: .* Build it again"):
             aiter_library.load(path)
+        with pytest.raises(UnsupportedError, match=r"aiter: .* cannot be loaded"):
+            aiter_mla_prefill.prepare(True)
         monkeypatch.setenv("JAX_FP8ATTN_CACHE_DIR", "relative")
         with pytest.warns(RuntimeWarning), pytest.raises(aiter_library.LibraryError, match="no cache folder"):
             aiter_library.find()
