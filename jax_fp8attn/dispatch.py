@@ -15,7 +15,9 @@ import contextvars
 import dataclasses
 import functools
 import importlib
+import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -36,6 +38,7 @@ class Device:
     platform: str  # "cpu", "cuda", "rocm"
     kind: str = ""
     compute_capability: tuple[int, int] | None = None  # NVIDIA only
+    architecture: str = ""  # AMD only: "gfx950"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +49,12 @@ class Candidate:
     module: str | None
     platforms: tuple[str, ...] = ()  # empty: any
     missing: str = ""
+    pieces: bool = False  # of others are needed: the module's missing(device) names those that are not here
 
 
 _XLA = "jax_fp8attn.xla"
 _REFERENCE = "jax_fp8attn.reference"
+_CUSTOM_CALLS = "jax_fp8attn.custom_calls"
 
 
 def _table(op: str, *special: Candidate) -> tuple[Candidate, ...]:
@@ -64,7 +69,7 @@ CANDIDATES: dict[str, tuple[Candidate, ...]] = {
     "mla_prefill": _table(
         "mla_prefill",
         Candidate("pallas", "jax_fp8attn.pallas.mla_prefill_sm90", platforms=("cuda",)),
-        _absent("aiter", "the AITER call of mla_prefill"),
+        Candidate("aiter", f"{_CUSTOM_CALLS}.aiter_mla_prefill", platforms=("rocm",), pieces=True),
         _absent("flashinfer", "the FlashInfer call of mla_prefill"),
     ),
     "merge_attn_states": _table("merge", Candidate("pallas", "jax_fp8attn.pallas.merge_sm90", platforms=("cuda",))),
@@ -109,6 +114,8 @@ def _describe(device: jax.Device) -> Device:
     if platform == "cuda" and capability:
         major, _, minor = str(capability).partition(".")
         return Device(platform, device.device_kind, (int(major), int(minor or 0)))
+    if platform == "rocm" and (found := re.match(r"gfx[0-9a-f]+", str(capability))):
+        return Device(platform, device.device_kind, architecture=found[0])
     return Device(platform, device.device_kind)
 
 
@@ -162,6 +169,11 @@ def _wished(op: str, names: tuple[str, ...] | None) -> list[Candidate]:
     return [_by_name(op, name) for name in names]
 
 
+@functools.cache
+def _log_once(line: str) -> None:
+    logging.getLogger("jax_fp8attn").warning(line)
+
+
 def select(op: str, problem: Any, implementation: Implementation = None, device: Device | None = None) -> str:
     """The name of the implementation to run. Strict: a name runs or raises ``UnsupportedError`` with every reason."""
     device = device or current_device()
@@ -173,6 +185,8 @@ def select(op: str, problem: Any, implementation: Implementation = None, device:
         if not why:
             return candidate.name
         reasons[candidate.name] = why
+        if names is None and candidate.pieces and device.platform in candidate.platforms:
+            _log_once(f"{op}: {candidate.name} is passed over: {'; '.join(why)}")
     asked = "automatic choice" if names is None else " or ".join(repr(name) for name in names)
     where = f"{device.platform} {device.kind}".rstrip()
     raise UnsupportedError(f"{op}: {asked} cannot serve this call on {where}:", reasons)

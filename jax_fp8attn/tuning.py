@@ -192,11 +192,11 @@ def read(path: Path, device_kind: str, own: bool = True) -> list[Entry]:
     """The entries of a file; raises ValueError or OSError with what is wrong. ``own``: a user's, checked for who could
     have written it; else one shipped with the package."""
     if own:
-        _check_folder(path.parent)
+        check_folder(path.parent)
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) if own else os.O_RDONLY
     with os.fdopen(os.open(path, flags), "rb") as file:
         if own:
-            _check_owner(os.fstat(file.fileno()), stat.S_ISREG)
+            check_owner(os.fstat(file.fileno()), stat.S_ISREG)
         content = file.read(LARGEST + 1)
     if len(content) > LARGEST:
         raise ValueError(f"it is larger than {LARGEST} bytes")
@@ -213,11 +213,11 @@ def read(path: Path, device_kind: str, own: bool = True) -> list[Entry]:
     return entries
 
 
-def _check_folder(folder: Path) -> None:
-    _check_owner(os.stat(folder), stat.S_ISDIR)
+def check_folder(folder: Path) -> None:
+    check_owner(os.stat(folder), stat.S_ISDIR)
 
 
-def _check_owner(facts: os.stat_result, is_kind: Any) -> None:
+def check_owner(facts: os.stat_result, is_kind: Any) -> None:
     if not is_kind(facts.st_mode):
         raise ValueError("it is not a regular file in a folder")
     if hasattr(os, "geteuid") and facts.st_uid != os.geteuid():
@@ -263,7 +263,7 @@ def write(device_kind: str, winners: Sequence[Entry], losers: Sequence[Entry] = 
     if path is None:
         raise ValueError("there is no cache folder: set JAX_FP8ATTN_CACHE_DIR to an absolute path")
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _check_folder(path.parent)
+    check_folder(path.parent)
     try:
         known = {entry.key: entry for entry in read(path, device_kind)}
     except (OSError, ValueError, RecursionError):

@@ -321,7 +321,8 @@ class TestDevice:
         [
             ("gpu", "cuda 13000", "9.0", Device("cuda", "card", (9, 0))),
             ("gpu", "cuda 13000", "10.3", Device("cuda", "card", (10, 3))),
-            ("gpu", "rocm 70000", "gfx950", Device("rocm", "card")),
+            ("gpu", "rocm 70000", "gfx950:sramecc+:xnack-", Device("rocm", "card", architecture="gfx950")),
+            ("gpu", "rocm 70000", None, Device("rocm", "card")),
             ("cuda", "", "9.0", Device("cuda", "card", (9, 0))),
             ("tpu", "", None, Device("tpu", "card")),
         ],

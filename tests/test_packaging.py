@@ -225,9 +225,9 @@ class TestBuilt:
         files = contents(wheel)
         info = {name for name in files if ".dist-info/" in name}
         assert {name for name in files - info if name.endswith(".py")} == sources()
-        assert {"jax_fp8attn/py.typed", "jax_fp8attn/tuned/nvidia-h200.json"} <= files and any(
-            name.endswith("/LICENSE") for name in info
-        )
+        data = {"py.typed", "tuned/nvidia-h200.json", "custom_calls/src/aiter_mla_prefill.cc"}
+        assert {name for name in files - info if not name.endswith(".py")} == {f"jax_fp8attn/{name}" for name in data}
+        assert any(name.endswith("/LICENSE") for name in info)
         assert {name.split("/")[0] for name in files - info} == {"jax_fp8attn"}
         assert wheel.name.endswith("-py3-none-any.whl")
         site = unpacked(wheel, tmp_path / "site")

@@ -14,6 +14,7 @@ COMMANDS = {
     "bench": "time every implementation on shapes of real models, on a GPU",
     "tune": "time every configuration of a kernel and keep those that beat the heuristic's, on a GPU",
     "compile": "compile every kernel for a GPU, without one, and fail on spills and serialised tensor-core work",
+    "amd": "build the host library behind AITER's kernels, and test them on an MI350X or MI355X",
 }
 
 

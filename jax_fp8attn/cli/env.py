@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import os
@@ -16,7 +17,8 @@ from jax_fp8attn._version import VERSION
 
 PACKAGES = (
     "jax", "jaxlib", "jax-cuda13-plugin", "jax-rocm7-plugin", "numpy", "ml_dtypes", "flax", "torch", "jax-triton",
-    "triton", "jax-tvm-ffi", "nvidia-cutlass-dsl", "flashinfer-python", "qwix", "rich", "matplotlib", "hypothesis",
+    "triton", "jax-tvm-ffi", "nvidia-cutlass-dsl", "flashinfer-python", "amd-aiter", "qwix", "rich", "matplotlib",
+    "hypothesis",
 )  # fmt: skip
 VARIABLES = (
     "JAX_FP8ATTN_IMPLEMENTATION", "JAX_FP8ATTN_FP8_PREFILL", "JAX_FP8ATTN_CACHE_DIR", "JAX_FP8ATTN_HIP_LIBRARY",
@@ -42,7 +44,7 @@ def collect() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "packages": {name: _version(name) for name in PACKAGES},
         "devices": [f"{d.platform}:{d.id} {d.device_kind}" for d in jax.devices()],
-        "target": f"{device.platform} {device.kind} {device.compute_capability or ''}".strip(),
+        "target": f"{device.platform} {device.kind} {device.compute_capability or device.architecture}".strip(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "implementations": {
             op: {candidate.name: _availability(candidate, device) for candidate in candidates}
@@ -61,6 +63,8 @@ def _version(name: str) -> str | None:
 def _availability(candidate: dispatch.Candidate, device: dispatch.Device) -> str:
     if candidate.module is None:
         return candidate.missing
+    if candidate.pieces:
+        return "; ".join(importlib.import_module(candidate.module).missing(device)) or "available"
     if candidate.platforms and device.platform not in candidate.platforms:
         return f"needs {' or '.join(candidate.platforms)}"
     return "available"
