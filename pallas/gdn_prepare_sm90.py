@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -86,7 +86,7 @@ def prepare(
 ) -> Prepared:
     """Of q, k, v, g and beta. Rows of no chunk are not read."""
     g = arrays.g if problem.gate == "log" else jnp.log(arrays.g)
-    flat = [x.reshape(problem.tokens, -1) for x in arrays[:3]]
+    flat = [x.reshape(problem.tokens, x.shape[1] * x.shape[2]) for x in arrays[:3]]
     kernel = _Kernel(problem, config or default_config(problem, chunks.token.shape[0]), False, interpret)
     return kernel.call(_Given(*flat, g, arrays.beta, None, None, arrays.scale), chunks)
 
@@ -232,8 +232,10 @@ class _Kernel:
             rows=of((count, heads, 2, ROWS), F32),
             total=of((count, heads), F32),
         )
-        if not count:
-            return Prepared(*(jnp.zeros(x.shape, x.dtype) for x in results))
+        if not problem.tokens:
+            return Prepared(*(jnp.zeros(x.shape, x.dtype) for x in results))._replace(
+                total=jnp.ones((count, heads), F32)
+            )
         if self.group % self.config.heads:
             raise ValueError(f"{self.group} state heads of a key head are no multiple of {self.config.heads}")
         if problem.tokens < ROWS:  # a window of gates is as long as a chunk
@@ -331,6 +333,7 @@ class _Kernel:
         self._load(given.k, self._column("k", place.k_head), place, smem.k, smem.k_there)
         if self.q_stays:
             self._load(given.q, self._column("q", place.k_head), place, smem.q, smem.q_there)
+        self._load_own(place.first_head, place, given, smem)
         self._note_gates(place, given, smem.lines)
         self._await(place, smem.k, smem.k_there)
         keys, k_norm = self._normed(self._scores(smem.k, smem.k))
@@ -374,10 +377,9 @@ class _Kernel:
         norms: tuple[Any, Any],
     ) -> None:
         head = place.first_head + n
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the head before has left
-        self._load(given.v, self._column("v", head if self.q_stays else place.k_head), place, smem.v, smem.v_there)
-        if not self.q_stays:
-            self._load(given.q, self._column("q", head), place, smem.q, smem.q_there)
+        if self.config.heads > 1:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the head before has left
+            pl.when(n > 0)(lambda: self._load_own(head, place, given, smem))
         q_norm, k_norm = norms
         lines = smem.lines
         sums, betas, reset = (_row(x) for x in (lines.sums(n), lines.betas(n), lines.resets(n)))
@@ -400,14 +402,13 @@ class _Kernel:
         self._row_scalars(place, head, out, (of_row * decay_to, _times(kept, k_norm)))
         out.total[place.chunk, head] = jnp.where(last_reset < 0, jnp.exp2(last), 0.0)
         gated = inverse * decay
-        w = self._weighted(gated * _columns(lines.of_k, gated), smem.k)
-        for half in range(2):
-            smem.w.at[half][...] = w[:, half * HALF : (half + 1) * HALF].astype(BF16)
+        _meet(self.plain)  # all have read what the inverse was made of
+        for half, w in enumerate(self._weighted(gated * _columns(lines.of_k, gated), smem.k)):
+            smem.w.at[half][...] = w.astype(BF16)
         self._await(place, smem.v, smem.v_there)
-        u = self._weighted(gated * _columns(lines.betas(n), gated), smem.v)
-        _meet(self.plain)  # all have read v
-        for half in range(2):
-            smem.v.tiled.at[half][...] = u[:, half * HALF : (half + 1) * HALF].astype(BF16)
+        for half, u in enumerate(self._weighted(gated * _columns(lines.betas(n), gated), smem.v)):
+            _meet(self.plain)  # all have read this half of v
+            smem.v.tiled.at[half][...] = u.astype(BF16)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(smem.p.at[0], out.p.at[place.chunk, head], commit_group=False)
         self._copy_out(smem.w, out.w.at[place.chunk, head])
@@ -417,6 +418,12 @@ class _Kernel:
         inside = _row_numbers() < place.valid
         for n, value in enumerate(values):
             store(out.rows.at[place.chunk, head, n], jnp.where(inside, value, 0.0))
+
+    def _load_own(self, head: Any, place: _Place, given: _Given, smem: _Shared) -> None:
+        """What a state head does not share; v, where it is shared, too, because U takes its place."""
+        self._load(given.v, self._column("v", head if self.q_stays else place.k_head), place, smem.v, smem.v_there)
+        if not self.q_stays:
+            self._load(given.q, self._column("q", head), place, smem.q, smem.q_there)
 
     def _column(self, name: str, head: Any) -> Any:
         """Where a head of q, k or v starts in its rows."""
@@ -452,16 +459,18 @@ class _Kernel:
         halves = [(a.tiled[n].astype(F32), b.tiled[n].astype(F32)) for n in range(2)]
         return sum(jnp.dot(x, y.T) for x, y in halves)
 
-    def _weighted(self, weights: Any, tile: _Tile) -> Any:
-        """weights @ tile, the weights in two halves."""
-        halves = self._halves(weights, BF16)
-        if not self.plain:
-            pairs = [(half, tile.tiled, 128) for half in halves]
-            return hopper.settled(hopper.start((ROWS, WIDTH), pairs), 0)
-        x = jnp.concatenate([tile.tiled[n].astype(F32) for n in range(2)], axis=1)
-        product = sum(jnp.dot(half.astype(F32), x) for half in halves)
-        plgpu.commit_smem()
-        return product
+    def _weighted(self, weights: Any, tile: _Tile) -> Iterator[Any]:
+        """weights @ each half of a tile, the weights in two halves. One after the other, for the registers of one."""
+        parts = self._halves(weights, BF16)
+        for half in range(2):
+            if not self.plain:
+                pairs = [(part, tile.tiled.at[pl.ds(half, 1)], 128) for part in parts]
+                yield hopper.settled(hopper.start((ROWS, HALF), pairs), 0)
+                continue
+            x = tile.tiled[half].astype(F32)
+            product = sum(jnp.dot(part.astype(F32), x) for part in parts)
+            plgpu.commit_smem()
+            yield product
 
     def _normed(self, squares: Any) -> tuple[Any, Any]:
         """Products of rows with themselves, and the rows' inverse norms."""
