@@ -634,29 +634,20 @@ def _substitute_in_warps(block: Any) -> None:
     emit(block)
 
 
-class WarpOperations:
-    """What ``running`` needs, on a GPU."""
-
-    def __init__(self) -> None:
-        self.lane = arith.andi(utils.thread_idx(), _word(31))
-
-    def before(self, x: Any, distance: int) -> Any:
-        """Of the lane so many before, or of this one where there is none."""
-        kind = "f" if isinstance(x.type, ir.F32Type) else "r"
-        text = f"shfl.sync.up.b32 $0, $1, {distance}, 0, -1;"
-        return llvm.inline_asm(x.type, [x], text, f"={kind},{kind}", has_side_effects=True)
-
-    def from_lane(self, first: int, x: Any, other: Any) -> Any:
-        return arith.select(arith.cmpi(arith.CmpIPredicate.sge, self.lane, _word(first)), x, other)
-
-
-def running(operations: Any, pair: tuple[Any, Any], combine: Callable[[Any, Any], Any], none: Any) -> tuple[Any, Any]:
+def _running(lane: Any, pair: tuple[Any, Any], combine: Callable[[Any, Any], Any], none: Any) -> tuple[Any, Any]:
     """All up to each of 64 elements, two neighbours a lane, combined; ``none`` of them is left of the first."""
+    is_from = lambda first, x, other: arith.select(arith.cmpi(arith.CmpIPredicate.sge, lane, _word(first)), x, other)
     total = combine(*pair)
     for distance in (1, 2, 4, 8, 16):
-        total = operations.from_lane(distance, combine(operations.before(total, distance), total), total)
-    before = operations.from_lane(1, operations.before(total, 1), none)
+        total = is_from(distance, combine(_of_lane_before(total, distance), total), total)
+    before = is_from(1, _of_lane_before(total, 1), none)
     return combine(before, pair[0]), total
+
+
+def _of_lane_before(x: Any, distance: int) -> Any:
+    kind = "f" if isinstance(x.type, ir.F32Type) else "r"
+    text = f"shfl.sync.up.b32 $0, $1, {distance}, 0, -1;"
+    return llvm.inline_asm(x.type, [x], text, f"={kind},{kind}", has_side_effects=True)
 
 
 def _sum_in_warps(lines: Any, heads: int, shift: Any, valid: Any) -> None:
@@ -673,8 +664,8 @@ def _sum_in_warps(lines: Any, heads: int, shift: Any, valid: Any) -> None:
         number = lambda value: arith.constant(f32, ir.FloatAttr.get(f32, value))
 
         def of_head(head: Any) -> None:
-            operations = WarpOperations()
-            tokens = [arith.addi(_shifted(operations.lane, -1), _word(n)) for n in range(2)]
+            lane = arith.andi(utils.thread_idx(), _word(31))
+            tokens = [arith.addi(_shifted(lane, -1), _word(n)) for n in range(2)]
             inside = [arith.cmpi(arith.CmpIPredicate.slt, token, valid) for token in tokens]
             gates, betas = (
                 [
@@ -686,8 +677,8 @@ def _sum_in_warps(lines: Any, heads: int, shift: Any, valid: Any) -> None:
             cleared = [arith.cmpf(arith.CmpFPredicate.OLE, gate, number(HARD_RESET * LOG2E)) for gate in gates]
             kept = [arith.select(hard, number(0.0), gate) for hard, gate in zip(cleared, gates, strict=True)]
             where = [arith.select(hard, token, _word(-1)) for hard, token in zip(cleared, tokens, strict=True)]
-            sums = running(operations, tuple(kept), arith.addf, number(0.0))
-            resets = [arith.sitofp(f32, x) for x in running(operations, tuple(where), arith.maxsi, _word(-1))]
+            sums = _running(lane, tuple(kept), arith.addf, number(0.0))
+            resets = [arith.sitofp(f32, x) for x in _running(lane, tuple(where), arith.maxsi, _word(-1))]
             utils.warp_barrier()
             first = _shifted(head, -1)
             for line, values in (
