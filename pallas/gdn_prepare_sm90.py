@@ -42,6 +42,7 @@ BLOCK = 16  # rows of a warp, and of a block that is inverted by substitution
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
 LOG2E = float(np.log2(np.e))
 HARD_RESET = -30.0  # a gate from here down clears the state
+CLEARS = float(np.float32(HARD_RESET) * np.float32(LOG2E))  # its logarithm to base 2 as the kernel rounds it
 BLOCKS_AT_ONCE = 3  # of a multiprocessor
 COLUMN = hopper.ACCUMULATOR.reduce(0)
 
@@ -507,7 +508,7 @@ class _Kernel:
                 jnp.where(token < place.valid, lines.at(2 * n + kind, place.token - window)[...], 0.0)
                 for kind in range(2)
             )
-            cleared = gate <= HARD_RESET * LOG2E
+            cleared = gate <= CLEARS
             lines.sums(n)[...] = jnp.cumsum(jnp.where(cleared, 0.0, gate))
             lines.betas(n)[...] = beta
             lines.resets(n)[...] = lax.cummax(jnp.where(cleared, token, -1)).astype(F32)
@@ -674,7 +675,7 @@ def _sum_in_warps(lines: Any, heads: int, shift: Any, valid: Any) -> None:
                 ]
                 for line in (_shifted(head, -1), arith.addi(_shifted(head, -1), _word(1)))
             )
-            cleared = [arith.cmpf(arith.CmpFPredicate.OLE, gate, number(HARD_RESET * LOG2E)) for gate in gates]
+            cleared = [arith.cmpf(arith.CmpFPredicate.OLE, gate, number(CLEARS)) for gate in gates]
             kept = [arith.select(hard, number(0.0), gate) for hard, gate in zip(cleared, gates, strict=True)]
             where = [arith.select(hard, token, _word(-1)) for hard, token in zip(cleared, tokens, strict=True)]
             sums = _running(lane, tuple(kept), arith.addf, number(0.0))
