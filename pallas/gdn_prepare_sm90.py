@@ -198,6 +198,7 @@ class _Place(NamedTuple):
     token: Any
     valid: Any
     instance: Any
+    scale: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,11 +290,11 @@ class _Kernel:
         else:
             w, (block, beside, pairs) = next(given)
         smem = _Shared(*tiles, w, block, beside, pairs, next(given), _Lines(self.config.heads, next(given)), *given)
-        place = self._place(token, valid)
+        place = self._place(token, valid, operands.scale)
         pl.when(place.valid == 0)(lambda: self._nothing(place, smem, out))
         pl.when(place.valid > 0)(lambda: self._chunk(place, operands, smem, out))
 
-    def _place(self, token: Any, valid: Any) -> _Place:
+    def _place(self, token: Any, valid: Any, scale: Any) -> _Place:
         parts = self.group // self.config.heads
         number = lax.axis_index("block")
         part, rest = lax.rem(number, parts), lax.div(number, parts)
@@ -301,7 +302,7 @@ class _Kernel:
         first = token[chunk]
         instance = lax.div(first, max(1, self.problem.tokens // self.problem.instances))
         first_head = k_head * self.group + part * self.config.heads
-        return _Place(chunk, k_head, first_head, part == 0, first, valid[chunk], instance)
+        return _Place(chunk, k_head, first_head, part == 0, first, valid[chunk], instance, scale[instance])
 
     def _nothing(self, place: _Place, smem: _Shared, out: Prepared) -> None:
         """A chunk that no sequence has."""
@@ -393,7 +394,7 @@ class _Kernel:
             self._await(place, smem.q, smem.q_there)
             self._copy_out(smem.q.raw, out.q.at[place.chunk, head])
             q_norm = self._q_norm(smem)
-        of_row = _times(hopper.full_row(1.0, ROWS) * given.scale[place.instance], q_norm)
+        of_row = _times(hopper.full_row(1.0, ROWS) * place.scale, q_norm)
         p = self._scores(smem.q, smem.k) * decay * spread(of_row, decay)
         if k_norm is not None:
             p = p * _columns(lines.norms, decay)

@@ -210,12 +210,12 @@ def _mla_prepare(label: str, dtype: Any, config: Any = None, instances: int = 1)
 
 def gdn_prepare_calls() -> Iterator[Call]:
     """State heads of a key head that share q or v, one and several of them a block; norms and none; packed rows."""
-    yield _gdn_prepare("one state head", (2, 2, 2))
-    yield _gdn_prepare("one state head, no norms", (2, 2, 2), norm=False)
-    for size in (1, 2, 3):
-        yield _gdn_prepare(f"{size} a block", (2, 2, 2 * size), size)
-        yield _gdn_prepare(f"{size} a block, own queries", (2 * size, 2, 2), size)
-    yield _gdn_prepare("2 a block, no norms", (2, 2, 8), 2, norm=False)
+    yield _gdn_prepare("1 a block", (2, 2, 4))
+    yield _gdn_prepare("1 a block, no norms", (2, 2, 4), norm=False)
+    yield _gdn_prepare("1 a block, own queries", (4, 2, 2))
+    yield _gdn_prepare("2 a block", (2, 2, 4), 2)
+    yield _gdn_prepare("2 a block, own queries", (4, 2, 2), 2)
+    yield _gdn_prepare("3 a block", (2, 2, 6), 3)
     yield _gdn_prepare("packed, 1 a block", (2, 2, 8), 1, packed=True)
     yield _gdn_prepare("packed, 2 a block", (2, 2, 8), 2, packed=True)
 
