@@ -27,7 +27,6 @@ from jax import lax
 from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jax_fp8attn.pallas.common import hopper
 from jax_fp8attn.pallas.common.backend import store, varying_like
-from jax_fp8attn.pallas.common.configs import MULTIPROCESSORS
 from jax_fp8attn.pallas.common.gdn_chunks import Chunks, Prepared
 from jax_fp8attn.pallas.common.hopper import spread
 from jaxlib.mlir import ir
@@ -43,7 +42,6 @@ BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
 LOG2E = float(np.log2(np.e))
 HARD_RESET = -30.0  # a gate from here down clears the state
 CLEARS = float(np.float32(HARD_RESET) * np.float32(LOG2E))  # its logarithm to base 2 as the kernel rounds it
-BLOCKS_AT_ONCE = 3  # of a multiprocessor
 COLUMN = hopper.ACCUMULATOR.reduce(0)
 
 
@@ -59,12 +57,9 @@ class PrepareConfig:
             raise ValueError(f"a block takes 1 to 8 state heads: {self}")
 
 
-def default_config(problem: GdnProblem, chunks: int) -> PrepareConfig:
-    """Up to three heads, as many as leave two blocks for each place: more would take a place's shared memory."""
-    group = problem.heads // problem.k_heads
-    enough = 2 * BLOCKS_AT_ONCE * MULTIPROCESSORS
-    sizes = [n for n in (3, 2) if group % n == 0 and chunks * problem.heads // n >= enough]
-    return PrepareConfig(sizes[0] if sizes else 1)
+def default_config(problem: GdnProblem) -> PrepareConfig:
+    """One head: three blocks fit a multiprocessor. With more a block shares a product, but its registers leave two."""
+    return PrepareConfig()
 
 
 def supports(problem: GdnProblem) -> tuple[str, ...]:
@@ -88,7 +83,7 @@ def prepare(
     """Of q, k, v, g and beta. Rows of no chunk are not read."""
     g = arrays.g if problem.gate == "log" else jnp.log(arrays.g)
     flat = [x.reshape(problem.tokens, x.shape[1] * x.shape[2]) for x in arrays[:3]]
-    kernel = _Kernel(problem, config or default_config(problem, chunks.token.shape[0]), False, interpret)
+    kernel = _Kernel(problem, config or default_config(problem), False, interpret)
     return kernel.call(_Given(*flat, g, arrays.beta, None, None, arrays.scale), chunks)
 
 
@@ -102,7 +97,7 @@ def prepare_packed(
     """Of packed rows of q, k and v as they are; gates and beta are computed from a and b."""
     qkv, split = arrays.qkv, problem.split
     given = _Given(qkv, qkv, qkv, arrays.a, arrays.b, arrays.A_log, arrays.dt_bias, arrays.scale)
-    kernel = _Kernel(split, config or default_config(split, chunks.token.shape[0]), True, interpret)
+    kernel = _Kernel(split, config or default_config(split), True, interpret)
     return kernel.call(given, chunks)
 
 
@@ -125,7 +120,7 @@ class _Tile(NamedTuple):
     raw: Any
     tiled: Any
 
-    def at(self, slot: Any) -> _Tile:
+    def slot(self, slot: Any) -> _Tile:
         return _Tile(self.raw.at[slot], self.tiled.at[slot])
 
 
@@ -145,17 +140,10 @@ class _Shared(NamedTuple):
     q_there: Any
     v_there: Any
 
-    def at(self, slot: Any) -> _Shared:
+    def slot(self, slot: Any) -> _Shared:
         """The operands of products are arrays of one slot."""
-        arrays = ("k", "q", "v", "beside", "pairs")
-        return self._replace(
-            **{
-                name: getattr(self, name).at(slot)
-                if isinstance(getattr(self, name), _Tile)
-                else getattr(self, name).at[slot]
-                for name in arrays
-            }
-        )
+        tiles = {name: getattr(self, name).slot(slot) for name in ("k", "q", "v")}
+        return self._replace(**tiles, beside=self.beside.at[slot], pairs=self.pairs.at[slot])
 
 
 class _Lines(NamedTuple):
@@ -331,7 +319,7 @@ class _Kernel:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def _chunk(self, place: _Place, given: _Given, shared: _Shared, out: Prepared) -> None:
-        smem = shared.at(0)
+        smem = shared.slot(0)
         self._load(given.k, self._column("k", place.k_head), place, smem.k, smem.k_there)
         if self.q_stays:
             self._load(given.q, self._column("q", place.k_head), place, smem.q, smem.q_there)
@@ -364,7 +352,7 @@ class _Kernel:
 
             @pl.loop(0, count)
             def _(n: Any) -> None:
-                self._head(n, place, given, shared.at(lax.shift_right_logical(n, 20)), out, keys, norms)
+                self._head(n, place, given, shared.slot(lax.shift_right_logical(n, 20)), out, keys, norms)
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
