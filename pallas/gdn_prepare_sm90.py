@@ -58,7 +58,8 @@ class PrepareConfig:
 
 
 def default_config(problem: GdnProblem) -> PrepareConfig:
-    """One head: three blocks fit a multiprocessor. With more a block shares a product, but its registers leave two."""
+    """One head: three blocks fit a multiprocessor, if the assembler is ptxas. With more heads a block shares a product,
+    but its registers leave two."""
     return PrepareConfig()
 
 
