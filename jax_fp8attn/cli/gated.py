@@ -209,16 +209,12 @@ def _mla_prepare(label: str, dtype: Any, config: Any = None, instances: int = 1)
 
 
 def gdn_prepare_calls() -> Iterator[Call]:
-    """State heads that share q or v, norms and none, packed rows. Three blocks fit with 168 registers, two with more:
-    ptxas takes 168 at most, nvJitLink some more."""
+    """State heads that share q or v, norms and none, packed rows; one and several heads a block. With one, ptxas takes
+    168 registers at most, so that three blocks fit; nvJitLink takes some more."""
     yield _gdn_prepare("1 a block", (2, 2, 4))
     yield _gdn_prepare("1 a block, no norms", (2, 2, 4), norm=False)
     yield _gdn_prepare("1 a block, own queries", (4, 2, 2))
     yield _gdn_prepare("packed, 1 a block", (2, 2, 8), packed=True)
-
-
-def gdn_prepare_heads_calls() -> Iterator[Call]:
-    """Several state heads a block."""
     yield _gdn_prepare("2 a block", (2, 2, 4), 2)
     yield _gdn_prepare("2 a block, own queries", (4, 2, 2), 2)
     yield _gdn_prepare("3 a block", (2, 2, 6), 3)
@@ -262,8 +258,7 @@ def _gdn_prepare(
 
 GATED: dict[str, tuple[Callable[[], Iterator[Call]], Budget]] = {
     "merge_attn_states": (merge_calls, Budget(registers=128, shared_memory=1024)),
-    "gdn_prepare": (gdn_prepare_calls, Budget(registers=184, shared_memory=76800)),
-    "gdn_prepare_heads": (gdn_prepare_heads_calls, Budget(registers=255, shared_memory=76800)),
+    "gdn_prepare": (gdn_prepare_calls, Budget(registers=255, shared_memory=76800)),
     "mla_prepare": (mla_prepare_calls, Budget(registers=168, shared_memory=131072)),
     "mla_prefill": (mla_calls, Budget(registers=255, shared_memory=232448)),
 }
