@@ -214,8 +214,57 @@ def _mla_prepare(label: str, dtype: Any, config: Any = None, instances: int = 1)
     return Call(label, prepare, (of((keys, heads, 128), dtype), of((instances,), F32), ranges, ranges))
 
 
+def gdn_prepare_calls() -> Iterator[Call]:
+    """State heads that share q or v, norms and none, packed rows; one and several heads a block. With one, ptxas takes
+    168 registers at most, so that three blocks fit; nvJitLink takes some more."""
+    yield _gdn_prepare("1 a block", (2, 2, 4))
+    yield _gdn_prepare("1 a block, no norms", (2, 2, 4), norm=False)
+    yield _gdn_prepare("1 a block, own queries", (4, 2, 2))
+    yield _gdn_prepare("packed, 1 a block", (2, 2, 8), packed=True)
+    yield _gdn_prepare("2 a block", (2, 2, 4), 2)
+    yield _gdn_prepare("2 a block, own queries", (4, 2, 2), 2)
+    yield _gdn_prepare("3 a block", (2, 2, 6), 3)
+    yield _gdn_prepare("packed, 2 a block", (2, 2, 8), 2, packed=True)
+
+
+def _gdn_prepare(
+    label: str, counts: tuple[int, int, int], size: int = 1, norm: bool = True, packed: bool = False
+) -> Call:
+    from jax_fp8attn.pallas import gdn_prepare_sm90 as kernel
+    from jax_fp8attn.pallas.common.gdn_chunks import chunk_list
+    from jax_fp8attn.problems import GdnArrays, GdnPoolArrays, GdnPoolProblem, GdnProblem
+
+    tokens, sequences, width, state_heads = 512, 2, 128, max(counts)
+    names = ("q_heads", "k_heads", "v_heads")
+    facts = dict(zip(names, counts, strict=True)) | {"tokens": tokens, "sequences": sequences, "qk_l2norm": norm}
+    facts |= {"k_width": width, "v_width": width, "dtype": jnp.dtype(BF16), "out_dtype": jnp.dtype(BF16)}
+    facts["state_dtype"] = jnp.dtype(F32)
+    of, rows = jax.ShapeDtypeStruct, (tokens, state_heads)
+    one, per_head, ranges = of((1,), F32), of((1, state_heads), F32), of((sequences,), jnp.int32)
+    if packed:
+        problem: Any = GdnPoolProblem(**facts, pool_rows=1)
+        qkv = of((tokens, sum(counts) * width), BF16)
+        arrays: Any = GdnPoolArrays(
+            qkv, of(rows, BF16), of(rows, BF16), per_head, per_head, *[None] * 4, ranges, ranges, None, None, one
+        )
+    else:
+        problem = GdnProblem(**facts)
+        parts = [of((tokens, n, width), BF16) for n in counts]
+        arrays = GdnArrays(*parts, of(rows, F32), of(rows, F32), ranges, ranges, None, None, None, one)
+    leaves, tree = jax.tree.flatten(arrays)
+    config = kernel.PrepareConfig(size)
+
+    def prepare(*given: Any) -> Any:
+        arrays = jax.tree.unflatten(tree, given)
+        run = kernel.prepare_packed if packed else kernel.prepare
+        return run(problem, arrays, chunk_list(arrays.start, arrays.length, tokens), config)
+
+    return Call(label, prepare, tuple(leaves))
+
+
 GATED: dict[str, tuple[Callable[[], Iterator[Call]], Budget]] = {
     "merge_attn_states": (merge_calls, Budget(registers=128, shared_memory=1024)),
+    "gdn_prepare": (gdn_prepare_calls, Budget(registers=255, shared_memory=76800)),
     "mla_prepare": (mla_prepare_calls, Budget(registers=168, shared_memory=131072)),
     "mla_prefill": (mla_calls, Budget(registers=255, shared_memory=232448)),
 }

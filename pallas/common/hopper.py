@@ -20,6 +20,7 @@ from jax_fp8attn.quantize import E4M3
 ACCUMULATOR = plgpu.Layout.WGMMA  # [64, n] float32 of a warpgroup
 ROW = ACCUMULATOR.reduce(1)  # [64]
 KEY_GROUP = 16
+SWIZZLES = {128: 1, 64: 2, 32: 3}  # bytes of a row, and what a descriptor says of them
 PARTIAL = 8  # columns of the narrowest array in that layout
 # position j of a group of 16 keys of V^T holds key KEY_ORDER[j]: with it float32 scores become the e4m3 operand of the
 # second product without moving between lanes
@@ -132,12 +133,13 @@ def full_row(value: float, rows: int) -> Any:
 
 
 def start(shape: tuple[int, int], pairs: Sequence[tuple[Any, Any, int]], onto: Any = None, tail: int = 0) -> Any:
-    """Starts the sum of products a @ b.T of e4m3 or bf16 as one group; ``settled`` gives the result. ``tail``: so many
-    instructions at the end are a group of their own.
+    """Starts the sum of products a @ b.T of e4m3, bf16 or f16 as one group; ``settled`` gives the result. ``tail``: so
+    many instructions at the end are a group of their own.
 
     Each pair: a [64, k] in shared memory or in registers, b [n, k] in shared memory, and the bytes of their swizzle; of
-    bf16 b may also stand by columns, as [n / 64, k, 64]. ``onto``: float32 sums that the products are added to. Without
-    them the first product overwrites: plgpu.wgmma adds to zeros, which the assembler now and then writes one by one.
+    16 bits b may also stand by columns, as [n / width, k, width] with rows as wide as the swizzle. ``onto``: float32
+    sums that the products are added to. Without them the first product overwrites: plgpu.wgmma adds to zeros, which the
+    assembler now and then writes one by one.
     """
     in_registers = [not hasattr(a, "transforms") for a, _, _ in pairs]
     types, operands = [], []
@@ -163,7 +165,7 @@ def start(shape: tuple[int, int], pairs: Sequence[tuple[Any, Any, int]], onto: A
         ):
             by_column = ir.MemRefType(b.type).rank == 5
             lefts = _operand_words(a) if _is_array(a) else [[x] for x in _descriptors(a, swizzle)]
-            rights = _column_descriptors(b) if by_column else _descriptors(b, swizzle)
+            rights = (_column_descriptors if by_column else _descriptors)(b, swizzle)
             kind = ir.MemRefType(b.type).element_type, by_column
             steps += [(left, right, *kind) for left, right in zip(lefts, rights, strict=True)]
         for number, step in enumerate(steps):
@@ -339,14 +341,15 @@ def _descriptors(ref: Any, swizzle: int) -> list[ir.Value]:
     """Of a matrix in tiles of eight rows of ``swizzle`` bytes: what wgmma takes for every 32 bytes of a row."""
     shape, strides = ir.MemRefType(ref.type).shape, _byte_strides(ref)
     offsets = [strides[1] * tile + 32 * step for tile in range(shape[1]) for step in range(swizzle // 32)]
-    facts = (strides[0] >> 4) << 32 | {128: 1, 64: 2}[swizzle] << 62
+    facts = (strides[0] >> 4) << 32 | SWIZZLES[swizzle] << 62
     return _wide_descriptors(ref, facts, offsets) if _bytes(ref) == 1 else _word_descriptors(ref, facts, offsets)
 
 
-def _column_descriptors(ref: Any) -> list[ir.Value]:
-    """Of a bf16 matrix [n / 64, k, 64] in tiles of eight rows of 128 bytes: what wgmma takes for every 16 rows."""
+def _column_descriptors(ref: Any, swizzle: int) -> list[ir.Value]:
+    """Of a matrix of 16 bits [n / width, k, width] in tiles of eight rows of ``swizzle`` bytes: what wgmma takes for
+    every 16 rows."""
     shape, strides = ir.MemRefType(ref.type).shape, _byte_strides(ref)
-    facts = (strides[0] >> 4) << 16 | (strides[1] >> 4) << 32 | 1 << 62
+    facts = (strides[0] >> 4) << 16 | (strides[1] >> 4) << 32 | SWIZZLES[swizzle] << 62
     return _word_descriptors(ref, facts, [strides[1] * tile for tile in range(0, shape[1], 2)])
 
 
@@ -400,8 +403,8 @@ def _multiply(
     names = [f"${number}" for number in range(count + len(given))]
     a, b = names[-1 - len(left) : -1], names[-1]
     kind, flags = "k32.f32.e4m3.e4m3", "1, 1"
-    if isinstance(element, ir.BF16Type):
-        kind, flags = "k16.f32.bf16.bf16", f"1, 1, {'0, ' if len(left) == 1 else ''}{int(by_column)}"
+    if isinstance(element, ir.BF16Type | ir.F16Type):
+        kind, flags = f"k16.f32.{element}.{element}", f"1, 1, {'0, ' if len(left) == 1 else ''}{int(by_column)}"
     text = (
         f"{{ .reg .pred p; setp.ne.b32 p, {int(sums is not None)}, 0; "
         f"wgmma.mma_async.sync.aligned.m64n{n}{kind} {{{','.join(names[:count])}}}, "
