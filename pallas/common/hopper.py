@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -131,20 +131,30 @@ def full_row(value: float, rows: int) -> Any:
     return plgpu.layout_cast(jnp.full((rows,), value, jnp.float32), ROW)
 
 
-def start(shape: tuple[int, int], pairs: Sequence[tuple[Any, Any, int]], onto: Any = None, tail: int = 0) -> Any:
+def start(
+    shape: tuple[int, int],
+    pairs: Sequence[tuple[Any, Any, Any]],
+    onto: Any = None,
+    tail: int = 0,
+    turned: str = "",
+    negative: bool = False,
+) -> Any:
     """Starts the sum of products a @ b.T of e4m3 or bf16 as one group; ``settled`` gives the result. ``tail``: so many
     instructions at the end are a group of their own.
 
-    Each pair: a [64, k] in shared memory or in registers, b [n, k] in shared memory, and the bytes of their swizzle; of
-    bf16 b may also stand by columns, as [n / 64, k, 64]. ``onto``: float32 sums that the products are added to. Without
-    them the first product overwrites: plgpu.wgmma adds to zeros, which the assembler now and then writes one by one.
+    Each pair: a [64, k] in shared memory or in registers, b [n, k] in shared memory, and the bytes of their swizzle, of
+    both or of each; of bf16 b may also stand by columns, as [n / 64, k, 64]. ``turned``: names those of a and b, bf16,
+    that are their transposes in shared memory. ``onto``: float32 sums that the products are added to, or, if they are
+    ``negative``, subtracted from. Without them the first product overwrites: plgpu.wgmma adds to zeros, which the
+    assembler now and then writes one by one.
     """
     in_registers = [not hasattr(a, "transforms") for a, _, _ in pairs]
     types, operands = [], []
     for (a, b, swizzle), register in zip(pairs, in_registers, strict=True):
         size = jnp.dtype(b.dtype).itemsize
-        types += [(plgpu.Layout.WGMMA_8BIT if size == 1 else ACCUMULATOR) if register else _tiled(swizzle, size)]
-        types += [_tiled(swizzle, size)]
+        of_a, of_b = swizzle if isinstance(swizzle, tuple) else (swizzle, swizzle)
+        types += [(plgpu.Layout.WGMMA_8BIT if size == 1 else ACCUMULATOR) if register else _tiled(of_a, size)]
+        types += [_tiled(of_b, size)]
         operands += [a, b]
     if onto is not None:
         types.append(ACCUMULATOR)
@@ -158,14 +168,13 @@ def start(shape: tuple[int, int], pairs: Sequence[tuple[Any, Any, int]], onto: A
         nvvm.wgmma_fence_aligned()
         sums = None if onto is None else _elements(given[-1])
         steps = []
-        for (_, _, swizzle), a, b in zip(
-            pairs, given[: 2 * len(pairs) : 2], given[1 : 2 * len(pairs) : 2], strict=True
-        ):
+        for a, b in zip(given[: 2 * len(pairs) : 2], given[1 : 2 * len(pairs) : 2], strict=True):
             by_column = ir.MemRefType(b.type).rank == 5
-            lefts = _operand_words(a) if _is_array(a) else [[x] for x in _descriptors(a, swizzle)]
-            rights = _column_descriptors(b) if by_column else _descriptors(b, swizzle)
-            kind = ir.MemRefType(b.type).element_type, by_column
-            steps += [(left, right, *kind) for left, right in zip(lefts, rights, strict=True)]
+            of_b = _column_descriptors if by_column else _turned_descriptors if "b" in turned else _descriptors
+            of_a = _turned_descriptors if "a" in turned else _descriptors
+            lefts = _operand_words(a) if _is_array(a) else [[x] for x in of_a(a)]
+            kind = _Kind(ir.MemRefType(b.type).element_type, "a" in turned, by_column or "b" in turned, negative)
+            steps += [(left, right, kind) for left, right in zip(lefts, of_b(b), strict=True)]
         for number, step in enumerate(steps):
             if tail and number == len(steps) - tail:
                 nvvm.wgmma_commit_group_sync_aligned()
@@ -196,6 +205,18 @@ def settled(pending: Any, younger: int, held: Sequence[Any] = ()) -> Any:
         return emit(pending)
     first, *rest = emit(*given)
     return first, rest
+
+
+def computed(arrays: Sequence[Any]) -> list[Any]:
+    """The same arrays, of a consumer, computed here: the compiler would do it where they are used."""
+    types = tuple(plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=ACCUMULATOR) for x in arrays)
+
+    @plgpu.inline_mgpu(arg_types=(ACCUMULATOR,) * len(types), return_type=types)
+    def emit(_: Any, *given: Any) -> Any:
+        held = fragmented_array.optimization_barrier(*given)
+        return (held,) if len(given) == 1 else held
+
+    return list(emit(*arrays))
 
 
 def wait(younger: int) -> None:
@@ -335,12 +356,19 @@ def _is_array(x: Any) -> bool:
     return isinstance(x, fragmented_array.FragmentedArray)
 
 
-def _descriptors(ref: Any, swizzle: int) -> list[ir.Value]:
-    """Of a matrix in tiles of eight rows of ``swizzle`` bytes: what wgmma takes for every 32 bytes of a row."""
-    shape, strides = ir.MemRefType(ref.type).shape, _byte_strides(ref)
+def _descriptors(ref: Any) -> list[ir.Value]:
+    """Of a matrix in tiles of eight rows of a swizzle: what wgmma takes for every 32 bytes of a row."""
+    shape, strides, swizzle = ir.MemRefType(ref.type).shape, _byte_strides(ref), _swizzle(ref)
     offsets = [strides[1] * tile + 32 * step for tile in range(shape[1]) for step in range(swizzle // 32)]
-    facts = (strides[0] >> 4) << 32 | {128: 1, 64: 2}[swizzle] << 62
+    facts = (strides[0] >> 4) << 32 | SWIZZLES[swizzle] << 62
     return _wide_descriptors(ref, facts, offsets) if _bytes(ref) == 1 else _word_descriptors(ref, facts, offsets)
+
+
+def _turned_descriptors(ref: Any) -> list[ir.Value]:
+    """Of a bf16 matrix [k, n] in such tiles: what wgmma takes for every 16 rows."""
+    shape, strides = ir.MemRefType(ref.type).shape, _byte_strides(ref)
+    facts = (strides[1] >> 4) << 16 | (strides[0] >> 4) << 32 | SWIZZLES[_swizzle(ref)] << 62
+    return _word_descriptors(ref, facts, [strides[0] * tile for tile in range(0, shape[0], 2)])
 
 
 def _column_descriptors(ref: Any) -> list[ir.Value]:
@@ -348,6 +376,14 @@ def _column_descriptors(ref: Any) -> list[ir.Value]:
     shape, strides = ir.MemRefType(ref.type).shape, _byte_strides(ref)
     facts = (strides[0] >> 4) << 16 | (strides[1] >> 4) << 32 | 1 << 62
     return _word_descriptors(ref, facts, [strides[1] * tile for tile in range(0, shape[1], 2)])
+
+
+SWIZZLES = {128: 1, 64: 2}  # bytes: as wgmma names them
+
+
+def _swizzle(ref: Any) -> int:
+    """Bytes of a row of a tile."""
+    return ir.MemRefType(ref.type).shape[-1] * _bytes(ref)
 
 
 def _bytes(ref: Any) -> int:
@@ -391,17 +427,25 @@ def _operand_words(a: Any) -> list[list[ir.Value]]:
     return [[vector.extract(vector.bitcast(word, x), [], first) for x in part.flat] for part in parts]
 
 
-def _multiply(
-    n: int, sums: list[ir.Value] | None, left: list[ir.Value], right: ir.Value, element: ir.Type, by_column: bool
-) -> list[ir.Value]:
+class _Kind(NamedTuple):
+    """Of a wgmma."""
+
+    element: ir.Type
+    a_turned: bool
+    b_turned: bool
+    negative: bool
+
+
+def _multiply(n: int, sums: list[ir.Value] | None, left: list[ir.Value], right: ir.Value, wanted: _Kind) -> Any:
     """One wgmma of 64 x n x 32 bytes, onto ``sums`` if they are given."""
     f32, count = ir.F32Type.get(), n // 2
     given = [*(sums or []), *left, right]
     names = [f"${number}" for number in range(count + len(given))]
     a, b = names[-1 - len(left) : -1], names[-1]
-    kind, flags = "k32.f32.e4m3.e4m3", "1, 1"
-    if isinstance(element, ir.BF16Type):
-        kind, flags = "k16.f32.bf16.bf16", f"1, 1, {'0, ' if len(left) == 1 else ''}{int(by_column)}"
+    kind, flags = "k32.f32.e4m3.e4m3", f"{-1 if wanted.negative else 1}, 1"
+    if isinstance(wanted.element, ir.BF16Type):
+        kind = "k16.f32.bf16.bf16"
+        flags += f", {f'{int(wanted.a_turned)}, ' if len(left) == 1 else ''}{int(wanted.b_turned)}"
     text = (
         f"{{ .reg .pred p; setp.ne.b32 p, {int(sums is not None)}, 0; "
         f"wgmma.mma_async.sync.aligned.m64n{n}{kind} {{{','.join(names[:count])}}}, "
