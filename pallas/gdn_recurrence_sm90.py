@@ -342,13 +342,23 @@ class _Kernel:
             result = -result
         return result if onto is None else onto + result
 
+    def rounding(
+        self, left: Any, factor: Any, term: Any, right: Any, onto: Any = None, turned: str = ""
+    ) -> tuple[Any, Any, Any]:
+        """``product`` of left * factor + term, in float32 and rounded on the way, and both of these."""
+        if self.interpret is None:
+            return hopper.start_rounding(left, factor, term, right, onto, turned)
+        exact = left * factor + term
+        shape = (ROWS, right.shape["b" in turned])
+        return self.product(shape, exact.astype(BF16), right, onto, turned), exact, exact.astype(BF16)
+
     def computed(self, arrays: list[Any]) -> list[Any]:
         return arrays if self.interpret is not None else hopper.computed(arrays)
 
-    def end_of_block(self) -> None:
+    def end_of_block(self, number: int = 1) -> None:
         """Holds what comes before in front of the next wait for products."""
         if self.interpret is None:
-            hopper.end_of_block()
+            hopper.end_of_block(number)
 
     def settled(self, pending: Any, younger: int = 0) -> Any:
         return pending if self.interpret is not None else hopper.settled(pending, younger)
@@ -388,8 +398,12 @@ class _Chain:
             pl.when(self.number == 1)(lambda: plgpu.barrier_arrive(smem.used))
         state = self._initial()
         pl.when(chunks > 0)(lambda: plgpu.barrier_wait(smem.there.at[0]))
-        carry = state, *self._ahead(jnp.int32(0))
-        state, _, _ = lax.fori_loop(0, chunks, self._step, carry)
+        if self.config.turned:
+            carry = state, [part.astype(BF16) for part in state], self._values(jnp.int32(0))
+            state, _, _ = lax.fori_loop(0, chunks, self._in_registers, carry)
+        else:
+            carry = lax.fori_loop(0, chunks, self._in_shared, (state, *self._ahead(jnp.int32(0))))
+            state = carry[0]
         self._finish(state)
         plgpu.barrier_wait(smem.z_free)
         plgpu.barrier_wait(smem.y_free)
@@ -409,69 +423,93 @@ class _Chain:
         plgpu.copy_gmem_to_smem(gmem.rows.at[chunk, place.head, 1], smem.weight.at[slot], there)
 
     def _ahead(self, number: Any) -> tuple[Any, Any]:
-        """U of a chunk whose operands are there, as the state is held, and its decay."""
-        slot = lax.rem(number, self.config.stages)
-        values = self.smem.u.at[slot]
-        if self.config.turned:
-            values = values.at[:, self.mine]
-            values = (
-                values[...].T if self.kernel.interpret is not None else plgpu.load(values.T, layout=hopper.ACCUMULATOR)
-            )
-        else:
-            values = plgpu.load(values, layout=hopper.ACCUMULATOR)
-        # behind the last chunk of all nothing is prepared
-        return values.astype(jnp.float32), self.gmem.total[self.place.chunk + number, self.place.head]
+        """U of a chunk whose operands are there, and its decay."""
+        return self._values(number), self._total(number)
 
-    def _step(self, number: Any, carry: Any) -> Any:
+    def _total(self, number: Any) -> Any:
+        return self.gmem.total[self.place.chunk + number, self.place.head]
+
+    def _values(self, number: Any) -> Any:
+        """U of a chunk whose operands are there, as the state is held."""
+        values = self.smem.u.at[lax.rem(number, self.config.stages)]
+        if not self.config.turned:
+            return plgpu.load(values, layout=hopper.ACCUMULATOR).astype(jnp.float32)
+        values = values.at[:, self.mine]
+        if self.kernel.interpret is not None:
+            return values[...].T
+        return plgpu.load(values.T, layout=hopper.ACCUMULATOR)
+
+    def _in_registers(self, number: Any, carry: Any) -> Any:
+        """A chunk. The state is in two halves, the first and the last 64 keys, and comes with what is rounded of it.
+        What is added to it is multiplied apart, since nothing else may write what a product in flight writes."""
+        state, low, values = carry
+        smem, kernel = self.smem, self.kernel
+        slot = lax.rem(number, self.config.stages)
+        keys = [pl.ds(ROWS * half, ROWS) for half in range(2)]
+        pending = kernel.product((ROWS, CHUNK), low[0], smem.w.at[slot, :, keys[0]])
+        pending = kernel.product((ROWS, CHUNK), low[1], smem.w.at[slot, :, keys[1]], pending)
+        self._hand_state(low)
+        self._refill(number)
+        total = self._total(number)
+        weight = plgpu.load(smem.weight.at[slot], layout=COLUMN, optimized=False)
+        weight = lax.broadcast_in_dim(weight, values.shape, [1])
+        values = values.astype(jnp.float32)
+        weight, wanted = kernel.computed([-weight, values * weight])
+        kernel.end_of_block()
+        recalled = kernel.settled(pending)
+        k = smem.k.at[slot]
+        first, _, weighted = kernel.rounding(recalled, weight, wanted, k.at[:, keys[0]], turned="b")
+        second = kernel.product((ROWS, ROWS), weighted, k.at[:, keys[1]], turned="b")
+        self._hand_values((values - recalled).astype(BF16))
+        values = self._values(self._wait_for(number + 1))
+        if smem.used is not None:
+            pl.when(self.number == 1)(lambda: plgpu.barrier_arrive(smem.used))
+        kernel.end_of_block(2)
+        updated, low = [], []
+        for younger, added in ((1, first), (0, second)):
+            half = 1 - younger
+            updated.append(state[half] * total + kernel.settled(added, younger))
+            low.append(updated[half].astype(BF16))
+        self._checkpoint(number, updated)
+        return updated, low, values
+
+    def _in_shared(self, number: Any, carry: Any) -> Any:
         state, values, total = carry
         smem, config, kernel = self.smem, self.config, self.kernel
         slot = lax.rem(number, config.stages)
-        # nothing is waited for here: it shows the assembler that no product writes the state
-        state = [kernel.settled(part) for part in state]
-        low = [part.astype(BF16) for part in state]
-        w = smem.w.at[slot]
-        weight = plgpu.load(smem.weight.at[slot], layout=COLUMN if config.turned else hopper.ROW, optimized=False)
-        if config.turned:
-            pending = kernel.product((ROWS, CHUNK), low[0], w, values, negative=True)
-        else:
-            self._hand_state(low)
-            pending = kernel.product((CHUNK, config.columns), w, smem.z, values, turned="b", negative=True)
+        weight = plgpu.load(smem.weight.at[slot], layout=hopper.ROW, optimized=False)
+        self._hand_state([part.astype(BF16) for part in state])
+        shape = (CHUNK, config.columns)
+        pending = kernel.product(shape, smem.w.at[slot], smem.z, values, turned="b", negative=True)
         state = kernel.computed([part * total for part in state])
-        if config.turned:
-            self._hand_state(low)
         self._refill(number)
         new = kernel.settled(pending)
-        weight = lax.broadcast_in_dim(weight, new.shape, [1 if config.turned else 0])
-        weighted = (new * weight).astype(BF16)
-        k = smem.k.at[slot]
-        if config.turned:
-            pending = [kernel.product((ROWS, WIDTH), weighted, k, state[0], turned="b")]
-            self._hand_values(new.astype(BF16))
-        else:
-            self._hand_values(new.astype(BF16), weighted)
-            halves = (k.at[:, pl.ds(ROWS * half, ROWS)] for half in range(2))
-            pending = [
-                kernel.product((ROWS, config.columns), half, smem.weighted, part, turned="ab")
-                for half, part in zip(halves, state, strict=True)
-            ]
-        following = jnp.minimum(number + 1, self.place.chunks - 1)
-        there = smem.there.at[lax.rem(following, config.stages)]
-        pl.when(number + 1 < self.place.chunks)(lambda: plgpu.barrier_wait(there))
-        values, total = self._ahead(following)
-        (values,) = kernel.computed([values])
-        kernel.end_of_block()
-        state = [kernel.settled(part, len(pending) - 1 - n) for n, part in enumerate(pending)]
-        if smem.used is not None:
-            pl.when(self.number == 1)(lambda: plgpu.barrier_arrive(smem.used))
+        self._hand_values(new.astype(BF16), (new * spread(weight, new)).astype(BF16))
+        halves = (smem.k.at[slot, :, pl.ds(ROWS * half, ROWS)] for half in range(2))
+        pending = [
+            kernel.product((ROWS, config.columns), half, smem.weighted, part, turned="ab")
+            for half, part in zip(halves, state, strict=True)
+        ]
+        values, total = self._ahead(self._wait_for(number + 1))
+        (values,) = self.kernel.computed([values])
+        self.kernel.end_of_block()
+        state = [kernel.settled(part, 1 - half) for half, part in enumerate(pending)]
         self._checkpoint(number, state)
         return state, values, total
+
+    def _wait_for(self, number: Any) -> Any:
+        """For the operands of a chunk, or of the last one again."""
+        there = self.smem.there.at[lax.rem(number, self.config.stages)]
+        pl.when(number < self.place.chunks)(lambda: plgpu.barrier_wait(there))
+        return jnp.minimum(number, self.place.chunks - 1)
 
     def _hand_state(self, low: list[Any]) -> None:
         """To the outputs, and in shared memory to the own product."""
         smem = self.smem
         plgpu.barrier_wait(smem.z_free)
         if self.config.turned:
-            smem.z.at[self.mine][...] = low[0]
+            for half, part in enumerate(low):
+                smem.z.at[self.mine, pl.ds(ROWS * half, ROWS)][...] = part
         else:
             for half, part in enumerate(low):
                 smem.z.at[pl.ds(ROWS * half, ROWS)][...] = part
@@ -502,9 +540,8 @@ class _Chain:
             pl.when(following < self.place.chunks)(lambda: self._load(following))
 
     def _initial(self) -> list[Any]:
-        shape = (ROWS, WIDTH if self.config.turned else self.config.columns)
+        shape, parts = (ROWS, ROWS if self.config.turned else self.config.columns), WIDTH // ROWS
         zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), hopper.ACCUMULATOR)
-        parts = 1 if self.config.turned else WIDTH // ROWS
         if self.gmem.given is None:
             return [zeros] * parts
         row = self.field("read")
@@ -520,7 +557,7 @@ class _Chain:
         columns = ROWS if self.config.turned else self.config.columns
         first = self.place.column + (self.number * ROWS if self.config.chains > 1 else 0)
         values = pl.ds(pl.multiple_of(first, columns), columns)
-        keys = pl.ds(0, WIDTH) if self.config.turned else pl.ds(ROWS * part, ROWS)
+        keys = pl.ds(ROWS * part, ROWS)
         return states.at[values, keys] if self.kernel.vk else states.at[keys, values]
 
     def _load_part(self, states: Any, part: int) -> Any:

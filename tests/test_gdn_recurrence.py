@@ -1,25 +1,21 @@
 """The recurrence kernel of gdn_prefill: interpreted on a CPU, with races looked for, against a plain form, and that,
 behind a plain preparation, against the reference."""
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
-from unittest import mock
 
 import gdn_cases
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from interpreter import run_interpreted, verdict
+from interpreter import run_interpreted
 from jax import lax
 from jax_fp8attn.pallas import gdn_recurrence_sm90
-from jax_fp8attn.pallas.common import hopper
 from jax_fp8attn.pallas.common.gdn_chunks import CHUNK, Chunks, Prepared, chunk_list
-from jax_fp8attn.pallas.gdn_recurrence_sm90 import RecurrenceConfig, States, default_config
+from jax_fp8attn.pallas.gdn_recurrence_sm90 import RecurrenceConfig, States
 
 from jax_fp8attn.problems import GdnProblem
 

@@ -19,6 +19,7 @@ from jax_fp8attn.quantize import E4M3
 
 ACCUMULATOR = plgpu.Layout.WGMMA  # [64, n] float32 of a warpgroup
 ROW = ACCUMULATOR.reduce(1)  # [64]
+ROWS = 64  # of a product of a warpgroup
 KEY_GROUP = 16
 PARTIAL = 8  # columns of the narrowest array in that layout
 # position j of a group of 16 keys of V^T holds key KEY_ORDER[j]: with it float32 scores become the e4m3 operand of the
@@ -92,9 +93,7 @@ def join(pieces: list[Any], interpret: bool) -> Any:
 
     @plgpu.inline_mgpu(arg_types=(ACCUMULATOR,) * len(pieces), return_type=whole)
     def joined(_: Any, *parts: Any) -> Any:
-        registers = np.concatenate([part.registers for part in parts], axis=1)
-        first = parts[0]
-        return fragmented_array.FragmentedArray(_registers=registers, _layout=first.layout, _is_signed=first.is_signed)
+        return _beside(parts)
 
     return joined(*pieces)
 
@@ -180,14 +179,54 @@ def start(
                 nvvm.wgmma_commit_group_sync_aligned()
             sums = _multiply(shape[1], sums, *step)
         nvvm.wgmma_commit_group_sync_aligned()
-        layout = fragmented_array.WGMMA_LAYOUT
-        registers = np.empty(layout.registers_shape(shape), dtype=object)
-        pair = ir.VectorType.get((2,), ir.F32Type.get())
-        for number, index in enumerate(np.ndindex(registers.shape)):
-            registers[index] = vector.from_elements(pair, sums[2 * number : 2 * number + 2])
-        return fragmented_array.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+        return _accumulators(shape, sums)
 
     return emit(*operands)
+
+
+def start_rounding(a: Any, factor: Any, term: Any, b: Any, onto: Any = None, turned: str = "") -> tuple[Any, Any, Any]:
+    """As ``start`` of one product in bf16 with a * factor + term, float32 [64, k] of a consumer. It is computed and
+    rounded beside the products, each of which takes 16 columns when they are ready. Returns what is pending, the
+    operand and the rounded operand.
+
+    What products in flight write may not be computed otherwise: the assembler would wait for each of them.
+    """
+    n, swizzle = b.shape[1 if "b" in turned else 0], min(128, 2 * b.shape[-1])
+    given = [a, factor, term, *([] if onto is None else [onto])]
+    shapes = ((ROWS, n), jnp.float32), (a.shape, jnp.float32), (a.shape, jnp.bfloat16)
+    types = tuple(plgpu.ShapeDtypeStruct(shape, dtype, layout=ACCUMULATOR) for shape, dtype in shapes)
+
+    @plgpu.inline_mgpu(arg_types=(_tiled(swizzle, 2), *[ACCUMULATOR] * len(given)), return_type=types)
+    def emit(_: Any, b: Any, a: Any, factor: Any, term: Any, *onto: Any) -> Any:
+        sums = _elements(fragmented_array.optimization_barrier(onto[0])) if onto else None
+        exact, rounded = [], []
+        kind = _Kind(ir.BF16Type.get(), False, "b" in turned, False)
+        for number, right in enumerate(_turned_descriptors(b) if "b" in turned else _descriptors(b)):
+            columns = slice(16 * number, 16 * number + 16)
+            exact.append(a[:, columns] * factor[:, columns] + term[:, columns])
+            rounded.append(fragmented_array.optimization_barrier(exact[-1].astype(ir.BF16Type.get())))
+            nvvm.wgmma_fence_aligned()
+            sums = _multiply(n, sums, *_operand_words(rounded[-1]), right, kind)
+        nvvm.wgmma_commit_group_sync_aligned()
+        return _accumulators((ROWS, n), sums), _beside(exact), _beside(rounded)
+
+    return emit(b, *given)
+
+
+def _beside(parts: Sequence[Any]) -> Any:
+    registers = np.concatenate([part.registers for part in parts], axis=1)
+    first = parts[0]
+    return fragmented_array.FragmentedArray(_registers=registers, _layout=first.layout, _is_signed=first.is_signed)
+
+
+def _accumulators(shape: tuple[int, ...], sums: list[ir.Value]) -> Any:
+    """What wgmma left, in its order."""
+    layout = fragmented_array.WGMMA_LAYOUT
+    registers = np.empty(layout.registers_shape(shape), dtype=object)
+    pair = ir.VectorType.get((2,), ir.F32Type.get())
+    for number, index in enumerate(np.ndindex(registers.shape)):
+        registers[index] = vector.from_elements(pair, sums[2 * number : 2 * number + 2])
+    return fragmented_array.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
 
 def settled(pending: Any, younger: int, held: Sequence[Any] = ()) -> Any:
