@@ -32,6 +32,7 @@ ROWS = 64  # of a warpgroup's product
 BF16 = jnp.bfloat16
 COLUMN = hopper.ACCUMULATOR.reduce(0)
 FORMS = ("registers", "shared")
+HALVES = (pl.ds(0, ROWS), pl.ds(ROWS, ROWS))  # of the keys
 MEMORY = 232448 - 1024  # bytes of shared memory, barriers apart
 
 
@@ -40,9 +41,9 @@ class RecurrenceConfig:
     """How a block works.
 
     columns        of V
-    form           where products find what the chain hands on. "registers": the state is held transposed, 64 columns a
-                   warpgroup, and it and the new values are operands as they come. "shared": one warpgroup holds the
-                   state as it is, and both go through shared memory
+    form           where products find what the chain hands on. "registers": the state is held transposed, 64 columns of
+                   it, and it and the new values are operands as they come. "shared": the state is held as it is, and
+                   both go through shared memory
     stages         chunks of the chain's operands in shared memory
     output_stages  chunks of the others
     """
@@ -55,7 +56,7 @@ class RecurrenceConfig:
     def __post_init__(self) -> None:
         if self.columns not in (32, 64, 128) or self.form not in FORMS:
             raise ValueError(f"columns must be 32, 64 or 128, form one of {FORMS}: {self}")
-        if self.form == "registers" and self.columns < ROWS:
+        if self.form == "registers" and self.columns != ROWS:
             raise ValueError(f"in registers a warpgroup has 64 columns: {self}")
         if min(self.stages, self.output_stages) < 2:
             raise ValueError(f"two stages at least are needed: {self}")
@@ -66,11 +67,6 @@ class RecurrenceConfig:
     def turned(self) -> bool:
         """The state is held transposed."""
         return self.form == "registers"
-
-    @property
-    def chains(self) -> int:
-        """Warpgroups of the chain."""
-        return self.columns // ROWS if self.turned else 1
 
     def shared_memory(self, size: int) -> int:
         """Bytes of a block with outputs of ``size`` bytes, barriers apart."""
@@ -86,7 +82,7 @@ def default_config(problem: GdnProblem) -> RecurrenceConfig:
     size = max(jnp.dtype(problem.out_dtype).itemsize, 2)
     heads = problem.heads * problem.sequences
     columns = next((c for c in (32, 64) if heads * WIDTH // c <= configs.MULTIPROCESSORS), 128)
-    form = "shared" if columns < ROWS else "registers"
+    form = "registers" if columns == ROWS else "shared"
     stages = {32: (4, 2), 64: (3, 3), 128: (2, 2)}[columns]
     for given in (stages, (3, 2), (2, 2)):
         if given <= stages:
@@ -208,7 +204,6 @@ class _Shared(NamedTuple):
     z_free: Any
     y_there: Any
     y_free: Any
-    used: Any  # the second warpgroup of the chain has no more use for a chunk's operands; None without one
 
 
 class _Place(NamedTuple):
@@ -260,7 +255,7 @@ class _Kernel:
                 out_type=out_type,
                 grid=(problem.sequences * problem.heads * (WIDTH // config.columns),),
                 grid_names=("block",),
-                num_threads=config.chains + 1,
+                num_threads=2,
                 thread_name="warpgroup",
                 scratch_types=self._scratch(),
                 compiler_params=plgpu.CompilerParams(
@@ -297,17 +292,16 @@ class _Kernel:
             plgpu.SMEM((pieces, CHUNK, width), out_dtype, transforms=swizzled),
             barrier(4, config.stages),
             barrier(3, config.output_stages),
-            barrier(config.chains),
             barrier(1),
-            barrier(config.chains),
             barrier(1),
-            *([barrier(1)] if config.chains > 1 else []),
+            barrier(1),
+            barrier(1),
         ]
 
     def _shared(self, given: tuple[Any, ...]) -> _Shared:
         """By role what ``_scratch`` lists."""
         left = iter(given)
-        absent = {"weighted": self.config.turned, "used": self.config.chains == 1}
+        absent = {"weighted": self.config.turned}
         return _Shared(*(None if absent.get(name) else next(left) for name in _Shared._fields))
 
     def _body(self, gmem: dict[str, Any], scratch: tuple[Any, ...]) -> None:
@@ -316,8 +310,8 @@ class _Kernel:
             refs = refs._replace(given=refs.final)
         smem, place = self._shared(scratch), self._place(refs)
         warpgroup = lax.axis_index("warpgroup")
-        pl.when(warpgroup < self.config.chains)(lambda: _Chain(self, refs, smem, place, warpgroup).run())
-        pl.when(warpgroup == self.config.chains)(lambda: _Outputs(self, refs, smem, place).run())
+        pl.when(warpgroup == 0)(lambda: _Chain(self, refs, smem, place).run())
+        pl.when(warpgroup == 1)(lambda: _Outputs(self, refs, smem, place).run())
 
     def _place(self, gmem: _Global) -> _Place:
         """The blocks of columns of a head are neighbours: they read the same operands."""
@@ -342,15 +336,12 @@ class _Kernel:
             result = -result
         return result if onto is None else onto + result
 
-    def rounding(
-        self, left: Any, factor: Any, term: Any, right: Any, onto: Any = None, turned: str = ""
-    ) -> tuple[Any, Any, Any]:
-        """``product`` of left * factor + term, in float32 and rounded on the way, and both of these."""
+    def rounding(self, left: Any, factor: Any, term: Any, right: Any, turned: str = "") -> tuple[Any, Any, Any]:
+        """``product`` of (term - left) * factor, rounded on the way; what it is of; and term - left."""
         if self.interpret is None:
-            return hopper.start_rounding(left, factor, term, right, onto, turned)
-        exact = left * factor + term
-        shape = (ROWS, right.shape["b" in turned])
-        return self.product(shape, exact.astype(BF16), right, onto, turned), exact, exact.astype(BF16)
+            return hopper.start_rounding(left, factor, term, right, turned=turned)
+        low = ((term - left) * factor).astype(BF16)
+        return self.product((ROWS, right.shape["b" in turned]), low, right, turned=turned), low, term - left
 
     def computed(self, arrays: list[Any]) -> list[Any]:
         return arrays if self.interpret is not None else hopper.computed(arrays)
@@ -366,49 +357,34 @@ class _Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class _Chain:
-    """The state of one block of columns, or of 64 columns of it, through all chunks."""
+    """The state of one block of columns through all chunks."""
 
     kernel: _Kernel
     gmem: _Global
     smem: _Shared
     place: _Place
-    number: Any
 
     @property
     def config(self) -> RecurrenceConfig:
         return self.kernel.config
-
-    @property
-    def mine(self) -> Any:
-        """Of the block's columns."""
-        columns = self.config.columns
-        if self.config.chains == 1:
-            return pl.ds(0, columns)
-        return pl.ds(pl.multiple_of(self.number * ROWS, ROWS), ROWS)
 
     def field(self, name: str) -> Any:
         return self.gmem.table[self.place.row, FIELDS.index(name)]
 
     def run(self) -> None:
         smem, chunks = self.smem, self.place.chunks
-        first = self.number == 0
         for number in range(self.config.stages - 1):
-            pl.when(first & (number < chunks))(lambda number=number: self._load(number))
-        if smem.used is not None:
-            pl.when(self.number == 1)(lambda: plgpu.barrier_arrive(smem.used))
+            pl.when(number < chunks)(lambda number=number: self._load(number))
         state = self._initial()
         pl.when(chunks > 0)(lambda: plgpu.barrier_wait(smem.there.at[0]))
         if self.config.turned:
             carry = state, [part.astype(BF16) for part in state], self._values(jnp.int32(0))
-            state, _, _ = lax.fori_loop(0, chunks, self._in_registers, carry)
+            state = lax.fori_loop(0, chunks, self._in_registers, carry)[0]
         else:
-            carry = lax.fori_loop(0, chunks, self._in_shared, (state, *self._ahead(jnp.int32(0))))
-            state = carry[0]
+            state = lax.fori_loop(0, chunks, self._in_shared, (state, self._values(jnp.int32(0))))[0]
         self._finish(state)
         plgpu.barrier_wait(smem.z_free)
         plgpu.barrier_wait(smem.y_free)
-        if smem.used is not None:
-            pl.when(first)(lambda: plgpu.barrier_wait(smem.used))
 
     def _load(self, number: Any) -> None:
         """The chain's operands of a chunk."""
@@ -422,22 +398,23 @@ class _Chain:
         plgpu.copy_gmem_to_smem(gmem.k.at[chunk, k_head], smem.k.at[slot], there)
         plgpu.copy_gmem_to_smem(gmem.rows.at[chunk, place.head, 1], smem.weight.at[slot], there)
 
-    def _ahead(self, number: Any) -> tuple[Any, Any]:
-        """U of a chunk whose operands are there, and its decay."""
-        return self._values(number), self._total(number)
-
-    def _total(self, number: Any) -> Any:
-        return self.gmem.total[self.place.chunk + number, self.place.head]
-
     def _values(self, number: Any) -> Any:
         """U of a chunk whose operands are there, as the state is held."""
         values = self.smem.u.at[lax.rem(number, self.config.stages)]
         if not self.config.turned:
-            return plgpu.load(values, layout=hopper.ACCUMULATOR).astype(jnp.float32)
-        values = values.at[:, self.mine]
+            return plgpu.load(values, layout=hopper.ACCUMULATOR)
         if self.kernel.interpret is not None:
             return values[...].T
         return plgpu.load(values.T, layout=hopper.ACCUMULATOR)
+
+    def _weight(self, slot: Any, values: Any) -> Any:
+        """rows[1] in the shape of the values."""
+        layout, axis = (COLUMN, 1) if self.config.turned else (hopper.ROW, 0)
+        weight = plgpu.load(self.smem.weight.at[slot], layout=layout, optimized=False)
+        return lax.broadcast_in_dim(weight, values.shape, [axis])
+
+    def _total(self, number: Any) -> Any:
+        return self.gmem.total[self.place.chunk + number, self.place.head]
 
     def _in_registers(self, number: Any, carry: Any) -> Any:
         """A chunk. The state is in two halves, the first and the last 64 keys, and comes with what is rounded of it.
@@ -445,57 +422,52 @@ class _Chain:
         state, low, values = carry
         smem, kernel = self.smem, self.kernel
         slot = lax.rem(number, self.config.stages)
-        keys = [pl.ds(ROWS * half, ROWS) for half in range(2)]
-        pending = kernel.product((ROWS, CHUNK), low[0], smem.w.at[slot, :, keys[0]])
-        pending = kernel.product((ROWS, CHUNK), low[1], smem.w.at[slot, :, keys[1]], pending)
+        pending = None
+        for keys, part in zip(HALVES, low, strict=True):
+            pending = kernel.product((ROWS, CHUNK), part, smem.w.at[slot, :, keys], pending)
+        total, weight = self._total(number), self._weight(slot, values)
         self._hand_state(low)
         self._refill(number)
-        total = self._total(number)
-        weight = plgpu.load(smem.weight.at[slot], layout=COLUMN, optimized=False)
-        weight = lax.broadcast_in_dim(weight, values.shape, [1])
-        values = values.astype(jnp.float32)
-        weight, wanted = kernel.computed([-weight, values * weight])
-        kernel.end_of_block()
         recalled = kernel.settled(pending)
-        k = smem.k.at[slot]
-        first, _, weighted = kernel.rounding(recalled, weight, wanted, k.at[:, keys[0]], turned="b")
-        second = kernel.product((ROWS, ROWS), weighted, k.at[:, keys[1]], turned="b")
-        self._hand_values((values - recalled).astype(BF16))
+        values, k = values.astype(jnp.float32), smem.k.at[slot]
+        first, weighted, new = kernel.rounding(recalled, weight, values, k.at[:, HALVES[0]], turned="b")
+        second = kernel.product((ROWS, ROWS), weighted, k.at[:, HALVES[1]], turned="b")
+        self._hand_values(new)
         values = self._values(self._wait_for(number + 1))
-        if smem.used is not None:
-            pl.when(self.number == 1)(lambda: plgpu.barrier_arrive(smem.used))
-        kernel.end_of_block(2)
+        kernel.end_of_block(1)
         updated, low = [], []
-        for younger, added in ((1, first), (0, second)):
-            half = 1 - younger
-            updated.append(state[half] * total + kernel.settled(added, younger))
-            low.append(updated[half].astype(BF16))
+        for half, added in enumerate((first, second)):
+            updated.append(state[half] * total + kernel.settled(added, 1 - half))
+            low += kernel.computed([updated[half].astype(BF16)])
+            if not half:
+                kernel.end_of_block(2)
         self._checkpoint(number, updated)
         return updated, low, values
 
     def _in_shared(self, number: Any, carry: Any) -> Any:
-        state, values, total = carry
+        """A chunk. Two states of 128 columns would not fit into the registers: there sums are added to."""
+        state, values = carry
         smem, config, kernel = self.smem, self.config, self.kernel
-        slot = lax.rem(number, config.stages)
-        weight = plgpu.load(smem.weight.at[slot], layout=hopper.ROW, optimized=False)
+        slot, apart = lax.rem(number, config.stages), config.columns < WIDTH
+        total, weight = self._total(number), self._weight(slot, values)
         self._hand_state([part.astype(BF16) for part in state])
-        shape = (CHUNK, config.columns)
-        pending = kernel.product(shape, smem.w.at[slot], smem.z, values, turned="b", negative=True)
-        state = kernel.computed([part * total for part in state])
+        pending = kernel.product((CHUNK, config.columns), smem.w.at[slot], smem.z, turned="b")
         self._refill(number)
-        new = kernel.settled(pending)
-        self._hand_values(new.astype(BF16), (new * spread(weight, new)).astype(BF16))
-        halves = (smem.k.at[slot, :, pl.ds(ROWS * half, ROWS)] for half in range(2))
+        new = values.astype(jnp.float32) - kernel.settled(pending)
+        smem.weighted[...] = (new * weight).astype(BF16)
+        plgpu.commit_smem()
+        onto = [None, None] if apart else [part * total for part in state]
         pending = [
-            kernel.product((ROWS, config.columns), half, smem.weighted, part, turned="ab")
-            for half, part in zip(halves, state, strict=True)
+            kernel.product((ROWS, config.columns), smem.k.at[slot, :, keys], smem.weighted, sums, turned="ab")
+            for keys, sums in zip(HALVES, onto, strict=True)
         ]
-        values, total = self._ahead(self._wait_for(number + 1))
-        (values,) = self.kernel.computed([values])
-        self.kernel.end_of_block()
-        state = [kernel.settled(part, 1 - half) for half, part in enumerate(pending)]
+        self._hand_values(new)
+        values = self._values(self._wait_for(number + 1))
+        kernel.end_of_block()
+        added = [kernel.settled(part, 1 - half) for half, part in enumerate(pending)]
+        state = [part * total + more for part, more in zip(state, added, strict=True)] if apart else added
         self._checkpoint(number, state)
-        return state, values, total
+        return state, values
 
     def _wait_for(self, number: Any) -> Any:
         """For the operands of a chunk, or of the last one again."""
@@ -507,37 +479,23 @@ class _Chain:
         """To the outputs, and in shared memory to the own product."""
         smem = self.smem
         plgpu.barrier_wait(smem.z_free)
-        if self.config.turned:
-            for half, part in enumerate(low):
-                smem.z.at[self.mine, pl.ds(ROWS * half, ROWS)][...] = part
-        else:
-            for half, part in enumerate(low):
-                smem.z.at[pl.ds(ROWS * half, ROWS)][...] = part
+        for keys, part in zip(HALVES, low, strict=True):
+            (smem.z.at[:, keys] if self.config.turned else smem.z.at[keys])[...] = part
         plgpu.commit_smem()
         plgpu.barrier_arrive(smem.z_there)
 
-    def _hand_values(self, new: Any, weighted: Any = None) -> None:
+    def _hand_values(self, new: Any) -> None:
+        """To the outputs."""
         smem = self.smem
         plgpu.barrier_wait(smem.y_free)
-        if self.config.turned:
-            smem.y.at[self.mine][...] = new
-        else:
-            smem.weighted[...] = weighted
-            smem.y[...] = new
+        smem.y[...] = new.astype(BF16)
         plgpu.commit_smem()
         plgpu.barrier_arrive(smem.y_there)
 
     def _refill(self, number: Any) -> None:
         """The slot of the chunk before."""
-        smem, following = self.smem, number + self.config.stages - 1
-        if smem.used is None:
-            pl.when(following < self.place.chunks)(lambda: self._load(following))
-            return
-
-        @pl.when(self.number == 0)
-        def load() -> None:
-            plgpu.barrier_wait(smem.used)
-            pl.when(following < self.place.chunks)(lambda: self._load(following))
+        following = number + self.config.stages - 1
+        pl.when(following < self.place.chunks)(lambda: self._load(following))
 
     def _initial(self) -> list[Any]:
         shape, parts = (ROWS, ROWS if self.config.turned else self.config.columns), WIDTH // ROWS
@@ -554,10 +512,8 @@ class _Chain:
 
     def _tile(self, states: Any, part: int) -> Any:
         """What a part of the state is of [V, K] or [K, V]."""
-        columns = ROWS if self.config.turned else self.config.columns
-        first = self.place.column + (self.number * ROWS if self.config.chains > 1 else 0)
-        values = pl.ds(pl.multiple_of(first, columns), columns)
-        keys = pl.ds(ROWS * part, ROWS)
+        columns, keys = self.config.columns, HALVES[part]
+        values = pl.ds(pl.multiple_of(self.place.column, columns), columns)
         return states.at[values, keys] if self.kernel.vk else states.at[keys, values]
 
     def _load_part(self, states: Any, part: int) -> Any:

@@ -240,7 +240,6 @@ def compare(case: Case, got: Sequence[np.ndarray], wanted: Sequence[np.ndarray])
 
 FORMS = {
     "registers 64": REGISTERS,
-    "registers 128": RecurrenceConfig(128, "registers", 2, 2),
     "shared 32": RecurrenceConfig(32, "shared", 4, 2),
     "shared 64": SHARED,
     "shared 128": RecurrenceConfig(128, "shared", 2, 2),

@@ -185,30 +185,31 @@ def start(
 
 
 def start_rounding(a: Any, factor: Any, term: Any, b: Any, onto: Any = None, turned: str = "") -> tuple[Any, Any, Any]:
-    """As ``start`` of one product in bf16 with a * factor + term, float32 [64, k] of a consumer. It is computed and
+    """As ``start`` of one product in bf16 with (term - a) * factor, all [64, k] of a consumer. It is computed and
     rounded beside the products, each of which takes 16 columns when they are ready. Returns what is pending, the
-    operand and the rounded operand.
+    operand, and term - a.
 
     What products in flight write may not be computed otherwise: the assembler would wait for each of them.
     """
     n, swizzle = b.shape[1 if "b" in turned else 0], min(128, 2 * b.shape[-1])
     given = [a, factor, term, *([] if onto is None else [onto])]
-    shapes = ((ROWS, n), jnp.float32), (a.shape, jnp.float32), (a.shape, jnp.bfloat16)
+    shapes = ((ROWS, n), jnp.float32), (a.shape, jnp.bfloat16), (a.shape, jnp.float32)
     types = tuple(plgpu.ShapeDtypeStruct(shape, dtype, layout=ACCUMULATOR) for shape, dtype in shapes)
 
     @plgpu.inline_mgpu(arg_types=(_tiled(swizzle, 2), *[ACCUMULATOR] * len(given)), return_type=types)
     def emit(_: Any, b: Any, a: Any, factor: Any, term: Any, *onto: Any) -> Any:
         sums = _elements(fragmented_array.optimization_barrier(onto[0])) if onto else None
-        exact, rounded = [], []
+        rounded, differences = [], []
         kind = _Kind(ir.BF16Type.get(), False, "b" in turned, False)
         for number, right in enumerate(_turned_descriptors(b) if "b" in turned else _descriptors(b)):
             columns = slice(16 * number, 16 * number + 16)
-            exact.append(a[:, columns] * factor[:, columns] + term[:, columns])
-            rounded.append(fragmented_array.optimization_barrier(exact[-1].astype(ir.BF16Type.get())))
+            differences.append(term[:, columns] - a[:, columns])
+            exact = differences[-1] * factor[:, columns]
+            rounded.append(fragmented_array.optimization_barrier(exact.astype(ir.BF16Type.get())))
             nvvm.wgmma_fence_aligned()
             sums = _multiply(n, sums, *_operand_words(rounded[-1]), right, kind)
         nvvm.wgmma_commit_group_sync_aligned()
-        return _accumulators((ROWS, n), sums), _beside(exact), _beside(rounded)
+        return _accumulators((ROWS, n), sums), _beside(rounded), _beside(differences)
 
     return emit(b, *given)
 
