@@ -76,20 +76,21 @@ class RecurrenceConfig:
         return self.stages * chain + self.output_stages * outputs + handed + CHUNK * self.columns * size
 
 
+STAGES = {32: ((4, 2),), 64: ((3, 3), (3, 2)), 128: ((2, 2),)}
+"""By columns: stages and output_stages, what is tried first."""
+
+
 def default_config(problem: GdnProblem) -> RecurrenceConfig:
-    """The fewest columns that leave no multiprocessor more than one block. 64 and 128 in registers: two waits of the
-    chain less. Not measured yet."""
-    size = max(jnp.dtype(problem.out_dtype).itemsize, 2)
-    heads = problem.heads * problem.sequences
-    columns = next((c for c in (32, 64) if heads * WIDTH // c <= configs.MULTIPROCESSORS), 128)
-    form = "registers" if columns == ROWS else "shared"
-    stages = {32: (4, 2), 64: (3, 3), 128: (2, 2)}[columns]
-    for given in (stages, (3, 2), (2, 2)):
-        if given <= stages:
-            config = RecurrenceConfig(columns, form, *given)
-            if config.shared_memory(size) <= MEMORY:
-                return config
-    raise ValueError(f"no configuration fits {problem}")
+    """The fewest columns that leave no multiprocessor more than one block, or all 128, if they fit; 64 in registers.
+    Not measured yet."""
+    size, blocks = jnp.dtype(problem.out_dtype).itemsize, problem.heads * problem.sequences * WIDTH
+    wanted = next((columns for columns in STAGES if blocks // columns <= configs.MULTIPROCESSORS), WIDTH)
+    fitting = []
+    for columns, stages in STAGES.items():
+        form = "registers" if columns == ROWS else "shared"
+        each = [RecurrenceConfig(columns, form, *given) for given in stages]
+        fitting += [config for config in each if config.shared_memory(size) <= MEMORY and columns <= wanted][:1]
+    return fitting[-1]
 
 
 class States(NamedTuple):

@@ -1,30 +1,34 @@
 """The recurrence kernel of gdn_prefill: interpreted on a CPU, with races looked for, against a plain form, and that,
 behind a plain preparation, against the reference."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import gdn_cases
 import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from interpreter import run_interpreted
+from interpreter import run_interpreted, verdict
 from jax import lax
 from jax_fp8attn.pallas import gdn_recurrence_sm90
 from jax_fp8attn.pallas.common.gdn_chunks import CHUNK, Chunks, Prepared, chunk_list
-from jax_fp8attn.pallas.gdn_recurrence_sm90 import RecurrenceConfig, States
+from jax_fp8attn.pallas.gdn_recurrence_sm90 import RecurrenceConfig, States, default_config
 
+from jax_fp8attn import dispatch
 from jax_fp8attn.problems import GdnProblem
+from jax_fp8attn.testing import assert_bitwise_equal
 
 BF16, F16, F32 = (np.dtype(x) for x in (jnp.bfloat16, np.float16, np.float32))
 HIGHEST = lax.Precision.HIGHEST
 NAN = float("nan")
 BOUND = 0.006  # of o and of states, relative: all operands are rounded to bf16
 STEP_BOUND = 0.004  # against the plain recurrence, which rounds alike
-REGISTERS, SHARED = RecurrenceConfig(64, "registers", 3, 2), RecurrenceConfig(64, "shared", 3, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +44,6 @@ class Case:
     layout: str = "vk"
     initial: bool = True
     every: int = 0
-    rows: int = 0  # of a pool
 
     @property
     def cu(self) -> np.ndarray:
@@ -143,15 +146,19 @@ def recurrence(problem: GdnProblem, chunks: Chunks, prepared: Prepared, states: 
 
 @functools.cache
 def operands(case: Case, seed: int = 0) -> tuple[gdn_cases.Case, Chunks, Prepared]:
+    """Chunks that no sequence has hold NaN."""
     given = case.inputs(seed)
     start, length = case.cu[:-1], np.diff(case.cu)
     chunks = jax.jit(chunk_list, static_argnums=2)(start, length, case.tokens)
     prepared = prepare(*given.tensors(), case.tokens, chunks)
-    return given, jax.tree.map(np.asarray, chunks), jax.tree.map(np.asarray, prepared)
+    chunks = jax.tree.map(np.asarray, chunks)
+    used = chunks.valid > 0
+    gone = lambda x: np.where(used.reshape(-1, *[1] * (x.ndim - 1)), x, x.dtype.type(NAN))
+    return given, chunks, Prepared(*(gone(np.asarray(x)) for x in prepared))
 
 
-def expected(case: Case, seed: int = 0, initial: Any = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    given, chunks, prepared = operands(case, seed)
+def expected(case: Case, initial: Any = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    given, chunks, prepared = operands(case)
     if initial is None:
         initial = given.initial if case.initial else np.zeros((len(case.lengths), case.problem().heads, 128, 128))
     return recurrence(case.problem(), chunks, prepared, initial)
@@ -163,24 +170,22 @@ def relative(actual: Any, wanted: Any) -> float:
     return float(np.sqrt(((actual - wanted) ** 2).sum()) / scale) if scale else float(np.abs(actual).max(initial=0))
 
 
-CASES = (
-    Case((128,)),
-    Case((100,), initial=False),
-    Case((1, 0, 65, 130), (1, 1, 3), before=5, behind=70, every=64),
-    Case((200, 64), (2, 1, 1), state=BF16, layout="kv", every=128),
-)
-
-
 class TestPlain:
     """The contract between the two kernels leads to what the reference computes."""
 
-    @pytest.mark.parametrize("case", CASES, ids=str)
+    @pytest.mark.parametrize(
+        "case",
+        [
+            Case((100,), initial=False),
+            Case((1, 0, 65, 130), (1, 1, 3), before=5, behind=70, every=64),
+            Case((200, 64), (2, 1, 1), every=128),
+        ],
+        ids=str,
+    )
     def test_as_the_oracle(self, case: Case) -> None:
         given, _, _ = operands(case)
-        initial = given.initial if case.initial else None
-        o, final, checkpoints = expected(case)
-        wanted = gdn_cases.oracle(given.replace(initial=initial), every=case.every)
-        gdn_cases.assert_matches((o, final, checkpoints), wanted, case.cu, BOUND, what="the plain form")
+        wanted = gdn_cases.oracle(given.replace(initial=given.initial if case.initial else None), every=case.every)
+        gdn_cases.assert_matches(expected(case), wanted, case.cu, BOUND, what="the plain form")
 
     def test_chunks(self) -> None:
         start, length = np.array([3, 3, 70, 70], np.int32), np.array([0, 65, 0, 64], np.int32)
@@ -195,7 +200,7 @@ class TestPlain:
 def kernel(
     interpret: Any, case: Case, config: RecurrenceConfig, chunks: Chunks, prepared: Prepared, states: States
 ) -> Any:
-    op = gdn_recurrence_sm90.build(case.problem(), config, bool(case.rows), interpret)
+    op = gdn_recurrence_sm90.build(case.problem(), config, states.write is not None, interpret)
     start, length = (jnp.asarray(x) for x in (case.cu[:-1], np.diff(case.cu)))
     given = jax.tree.map(jnp.asarray, (chunks, prepared))
     return jax.jit(op)(*given, start, length, jax.tree.map(jnp.asarray, states))
@@ -206,47 +211,291 @@ def states_of(case: Case) -> States:
     if not case.initial:
         return States()
     given, _, _ = operands(case)
-    return States(
-        gdn_cases.stored(given.initial, case.layout).astype(case.state), np.arange(len(case.lengths), dtype=np.int32)
-    )
+    stored = gdn_cases.stored(given.initial, case.layout).astype(case.state)
+    return States(stored, np.arange(len(case.lengths), dtype=np.int32))
 
 
-def check(case: Case, config: RecurrenceConfig, run: Any = None) -> None:
+def interpreted(case: Case, config: RecurrenceConfig, chunks: Chunks, prepared: Prepared, states: States) -> Any:
+    return run_interpreted(kernel, case, config, chunks, prepared, states)
+
+
+def check(case: Case, config: RecurrenceConfig, run: Any = interpreted) -> list[np.ndarray]:
     _, chunks, prepared = operands(case)
     states = states_of(case)
-    run = run or functools.partial(run_interpreted, kernel)
-    got = [np.asarray(x, np.float32) for x in run(case, config, chunks, prepared, states)]
-    initial = None
-    if case.initial:
-        initial = gdn_cases.stored(np.asarray(states.given, np.float32), case.layout)
-    wanted = expected(case, initial=initial)
-    compare(case, got, wanted)
+    got = [np.asarray(x) for x in run(case, config, chunks, prepared, states)]
+    initial = gdn_cases.stored(np.asarray(states.given, np.float32), case.layout) if case.initial else None
+    compare(case, got, expected(case, initial))
+    return got
 
 
 def compare(case: Case, got: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> None:
-    rounding = lambda dtype: {BF16: 2.0**-8, F16: 2.0**-10, F32: 0.0}[dtype]
-    o, final, *checkpoints = got
+    """o by sequence, states one by one."""
+    rounding = {BF16: 2.0**-8, F16: 2.0**-10, F32: 0.0}
+    o, *states = (np.asarray(x, np.float32) for x in got)
     owned = np.zeros(case.tokens, bool)
     for first, end in zip(case.cu[:-1], case.cu[1:], strict=True):
         owned[first:end] = True
-        if end > first:
-            assert relative(o[first:end], wanted[0][first:end]) < STEP_BOUND + rounding(case.out)
+        error = relative(o[first:end], wanted[0][first:end])
+        assert error < STEP_BOUND + rounding[case.out], (first, end, error)
     assert not o[~owned].any(), "rows of no sequence"
-    for mine, own in ((final, wanted[1]), *zip(checkpoints, wanted[2:], strict=False)):
-        assert mine.shape == gdn_cases.stored(own, case.layout).shape
-        for got_row, wanted_row in zip(mine, gdn_cases.stored(own, case.layout), strict=True):
-            assert relative(got_row, wanted_row) < STEP_BOUND + rounding(case.state)
+    for mine, own in zip(states, wanted[1:], strict=False):
+        own = gdn_cases.stored(own, case.layout)
+        assert mine.shape == own.shape
+        for number in range(len(own)):
+            error = relative(mine[number], own[number])
+            assert error < STEP_BOUND + rounding[case.state], (number, error)
 
 
 FORMS = {
-    "registers 64": REGISTERS,
+    "registers": RecurrenceConfig(64, "registers", 3, 2),
     "shared 32": RecurrenceConfig(32, "shared", 4, 2),
-    "shared 64": SHARED,
+    "shared 64": RecurrenceConfig(64, "shared", 2, 3),
     "shared 128": RecurrenceConfig(128, "shared", 2, 2),
 }
+TWO = ("registers", "shared 32")
 
 
 class TestInterpreted:
-    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize(
+        "form", [*TWO, *(pytest.param(form, marks=pytest.mark.slow) for form in FORMS if form not in TWO)]
+    )
     def test_forms(self, form: str) -> None:
-        check(Case((130, 0, 64), (1, 1, 1), before=2, behind=3, every=64), FORMS[form])
+        check(Case((70, 0), (1, 1, 1), before=1, behind=2, every=64), FORMS[form])
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("form", TWO)
+    @pytest.mark.parametrize(
+        "case",
+        [
+            Case((340,), (1, 1, 1), initial=False, every=128),
+            Case((1, 0, 65, 129), (1, 1, 3), before=5, behind=70, state=BF16, out=F32, layout="kv", every=64),
+            Case((64, 128), (2, 1, 1), out=F16, layout="kv"),
+            Case((0, 0), (1, 1, 1), behind=66, every=64),
+        ],
+        ids=str,
+    )
+    def test_shapes(self, case: Case, form: str) -> None:
+        """More chunks than stages, tails, empty sequences, heads that share, layouts and types."""
+        check(case, FORMS[form])
+
+    @pytest.mark.slow
+    def test_a_sequence_alone(self) -> None:
+        """The same bits as beside others."""
+        case = Case((30, 150, 64), (1, 1, 1), before=3)
+        out, final = check(case, FORMS["registers"])
+        _, chunks, prepared = operands(case)
+        rows, own = slice(33, 183), slice(1, 4)
+        alone = Case((150,), (1, 1, 1))
+        mine = Chunks(chunks.first[:1] * 0, chunks.count[1:2], chunks.token[own] - 33, chunks.valid[own])
+        states = States(states_of(case).given[1:2], np.zeros(1, np.int32))
+        part = Prepared(*(x[own] for x in prepared))
+        got = interpreted(alone, FORMS["registers"], mine, part, states)
+        assert_bitwise_equal(np.asarray(got[0]), out[rows])
+        assert_bitwise_equal(np.asarray(got[1]), final[1:2])
+
+
+POOL = Case((65, 0, 1, 64, 3), (1, 1, 1), behind=1)
+READ, WRITE = (2, 0, -1, 6, 3), (2, 0, 1, 7, -(2**31))
+
+
+def pool_of(case: Case) -> np.ndarray:
+    """Rows that nobody reads hold NaN."""
+    pool = np.random.default_rng(3).standard_normal((6, *case.problem().state_shape)).astype(case.state)
+    pool[[1, 4, 5]] = NAN
+    return pool
+
+
+class TestPool:
+    @pytest.mark.parametrize("form", [TWO[0], *(pytest.param(form, marks=pytest.mark.slow) for form in TWO[1:])])
+    @pytest.mark.parametrize(
+        "case",
+        [
+            dataclasses.replace(POOL, layout="kv"),
+            pytest.param(dataclasses.replace(POOL, state=BF16, every=64), marks=pytest.mark.slow),
+        ],
+        ids=lambda case: f"{case.layout} {case.state}",
+    )
+    def test_rows(self, case: Case, form: str) -> None:
+        """Rows by number: what is no row starts from zero and is not written; others stay as they are."""
+        _, chunks, prepared = operands(case)
+        pool = pool_of(case)
+        states = States(pool, np.array(READ, np.int32), np.array(WRITE, np.int32))
+        got = [np.asarray(x) for x in interpreted(case, FORMS[form], chunks, prepared, states)]
+        there = lambda row: 0 <= row < len(pool)
+        zero = np.zeros(case.problem().state_shape, np.float32)
+        initial = np.stack([pool[row].astype(np.float32) if there(row) else zero for row in READ])
+        wanted = expected(case, gdn_cases.stored(initial, case.layout))
+        final = np.array(got[1])
+        written = [(b, row) for b, row in enumerate(WRITE) if there(row)]
+        own = np.stack([final[row] for _, row in written])
+
+        compare(case, [got[0], own], [wanted[0], wanted[1][[b for b, _ in written]]])
+        for row in set(range(len(pool))) - {row for _, row in written}:
+            assert_bitwise_equal(final[row], pool[row])
+        if case.every:
+            compare(case, [got[0], got[2]], [wanted[0], wanted[2]])
+
+
+def faulty(interpret: Any, fault: str, case: Case, form: str, pool: bool = False) -> Any:
+    """The kernel with one thing replaced."""
+    chain, outputs, module = gdn_recurrence_sm90._Chain, gdn_recurrence_sm90._Outputs, gdn_recurrence_sm90
+    replace = mock.patch.object
+    load = chain._load
+    table, store_rows = module._table, outputs._store_rows
+
+    def field(name: str, change: Any) -> Any:
+        def changed(*arguments: Any) -> Any:
+            facts = table(*arguments)
+            column = module.FIELDS.index(name)
+            return facts.at[:, column].set(change(facts[:, column]))
+
+        return replace(module, "_table", changed)
+
+    def without(names: tuple[str, ...], method: str) -> Any:
+        """Of a method of the chain, calls of plgpu."""
+        own = getattr(chain, method)
+
+        def bare(self: Any, *arguments: Any) -> Any:
+            with contextlib.ExitStack() as stack:
+                for name in names:
+                    stack.enter_context(replace(plgpu, name, lambda *_: None))
+                return own(self, *arguments)
+
+        return replace(chain, method, bare)
+
+    patches = {
+        "none": contextlib.nullcontext,
+        "no wait at all": lambda: replace(plgpu, "barrier_wait", lambda *_: None),
+        "values handed without a fence": lambda: without(("commit_smem",), "_hand_values"),
+        "state handed before it is free": lambda: without(("barrier_wait",), "_hand_state"),
+        "refilled too early": lambda: replace(
+            chain, "_refill", lambda self, number: load(self, jnp.minimum(number + 3, self.place.chunks - 1))
+        ),
+        "whole chunks stored": lambda: replace(
+            outputs, "_store_rows", lambda self, first, _: store_rows(self, first, jnp.int32(CHUNK))
+        ),
+        "no decay": lambda: replace(chain, "_total", lambda self, _: jnp.float32(1.0)),
+        "decay of the next chunk": lambda: replace(
+            chain, "_total", lambda self, number: self.gmem.total[self.place.chunk + number + 1, self.place.head]
+        ),
+        "gaps left": lambda: replace(outputs, "_clear_gaps", lambda _: None),
+        "rows clamped": lambda: field("read", lambda row: jnp.maximum(row, 0)),
+        "late checkpoint": lambda: field("checkpoint", lambda row: row + 1),
+    }
+    _, chunks, prepared = operands(case)
+    states = states_of(case)
+    if pool:
+        states = States(pool_of(case), np.array(READ, np.int32), np.array(WRITE, np.int32))
+    with patches[fault]():
+        return kernel(interpret, case, FORMS[form], chunks, prepared, states)
+
+
+@functools.cache
+def sound(case: Case, form: str, pool: bool) -> Any:
+    return run_interpreted(faulty, "none", case, form, pool)
+
+
+@pytest.mark.slow
+class TestFaulty:
+    """The gate sees this kernel: faults planted in it are reported."""
+
+    @pytest.mark.parametrize("form", TWO)
+    @pytest.mark.parametrize(
+        ("fault", "results"),
+        [
+            ("none", {"clean"}),
+            ("no wait at all", {"RaceFound"}),
+            ("values handed without a fence", {"RaceFound"}),
+            ("state handed before it is free", {"RaceFound"}),
+            ("refilled too early", {"RaceFound"}),
+            ("whole chunks stored", {"RaceFound", "wrong result"}),
+            ("no decay", {"wrong result"}),
+            ("decay of the next chunk", {"wrong result"}),
+            ("gaps left", {"wrong result"}),
+            ("late checkpoint", {"wrong result", "OutOfBounds"}),
+        ],
+    )
+    def test_planted_fault(self, fault: str, results: set[str], form: str) -> None:
+        case = Case((200, 65), (1, 1, 1), behind=3, every=64)
+        assert verdict(faulty, fault, case, form, expected=sound(case, form, False)) in results
+
+    def test_rows_clamped(self) -> None:
+        case = POOL
+        assert verdict(faulty, "rows clamped", case, TWO[0], True, expected=sound(case, TWO[0], True)) == "wrong result"
+
+
+class TestConfig:
+    @pytest.mark.parametrize(
+        ("sequences", "heads", "columns", "form"),
+        [(1, 8, 32, "shared"), (1, 33, 32, "shared"), (1, 34, 64, "registers"), (2, 33, 64, "registers"),
+         (1, 67, 128, "shared"), (8, 32, 128, "shared")],
+    )  # fmt: skip
+    @pytest.mark.parametrize("out", [BF16, F32], ids=str)
+    def test_heuristic(self, sequences: int, heads: int, columns: int, form: str, out: np.dtype) -> None:
+        """Outputs of 128 columns in float32 do not fit."""
+        problem = dataclasses.replace(Case((64,) * sequences, (1, 1, heads)).problem(), out_dtype=out)
+        config = default_config(problem)
+        wanted = (64, "registers") if out == F32 and columns == 128 else (columns, form)
+        assert (config.columns, config.form) == wanted
+        assert config.shared_memory(out.itemsize) <= gdn_recurrence_sm90.MEMORY
+
+    @pytest.mark.parametrize(
+        ("faults", "message"),
+        [
+            ({"columns": 48}, "columns"),
+            ({"form": "both"}, "form"),
+            ({"columns": 128}, "64 columns"),
+            ({"stages": 1}, "two stages"),
+            ({"stages": 5}, "shared memory"),
+        ],
+    )
+    def test_faulty(self, faults: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            RecurrenceConfig(**faults)
+
+    def test_float32_outputs_take_more(self) -> None:
+        config = RecurrenceConfig(64, "registers", 3, 3)
+        with pytest.raises(ValueError, match="shared memory"):
+            gdn_recurrence_sm90.build(Case((64,), out=F32).problem(), config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_lowers_for_a_gpu(form: str) -> None:
+    case = Case((70, 64), (1, 1, 3), every=64, layout="kv")
+    _, chunks, prepared = operands(case)
+    function = lambda *given: kernel(None, case, FORMS[form], *given)
+    lowered = jax.jit(function).trace(chunks, prepared, states_of(case)).lower(lowering_platforms=("cuda",))
+    assert "fp8attn_gdn_recurrence_sm90" in lowered.as_text()
+
+
+@functools.cache
+def compiled(case: Case, config: RecurrenceConfig) -> Any:
+    return jax.jit(lambda *given: kernel(None, case, config, *given))
+
+
+def on_hardware(case: Case, config: RecurrenceConfig, *given: Any) -> Any:
+    return compiled(case, config)(*given)
+
+
+@pytest.mark.skipif(
+    dispatch._describe(jax.devices()[0]).compute_capability != (9, 0), reason="needs a GPU of compute capability 9.0"
+)
+class TestHardware:
+    """What the products read is not seen by the interpreter: values, and the same bits each time."""
+
+    @pytest.mark.sanitize
+    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("layout", ["vk", "kv"])
+    def test_values(self, form: str, layout: str) -> None:
+        check(Case((1, 0, 65, 700), (1, 1, 3), before=5, behind=70, layout=layout, every=64), FORMS[form], on_hardware)
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_same_bits(self, form: str) -> None:
+        case = Case((1500, 300), (2, 2, 8))
+        _, chunks, prepared = operands(case)
+        run = compiled(case, FORMS[form])
+        given = jax.device_put((chunks, prepared, states_of(case)))
+        first = jax.tree.map(np.asarray, run(*given))
+        for _ in range(100):
+            assert_bitwise_equal(jax.tree.map(np.asarray, run(*given)), first)
