@@ -382,7 +382,8 @@ class _Chain:
             carry = state, [part.astype(BF16) for part in state], self._values(jnp.int32(0))
             state = lax.fori_loop(0, chunks, self._in_registers, carry)[0]
         else:
-            state = lax.fori_loop(0, chunks, self._in_shared, (state, self._values(jnp.int32(0))))[0]
+            values = self._values(jnp.int32(0)) if self.config.columns < WIDTH else None
+            state = lax.fori_loop(0, chunks, self._in_shared, (state, values))[0]
         self._finish(state)
         plgpu.barrier_wait(smem.z_free)
         plgpu.barrier_wait(smem.y_free)
@@ -446,16 +447,18 @@ class _Chain:
         return updated, low, values
 
     def _in_shared(self, number: Any, carry: Any) -> Any:
-        """A chunk. Two states of 128 columns would not fit into the registers: there sums are added to."""
+        """A chunk. The registers hold no second state of 128 columns, and no U beside it: there sums are added to, and
+        U is read when it is needed."""
         state, values = carry
         smem, config, kernel = self.smem, self.config, self.kernel
         slot, apart = lax.rem(number, config.stages), config.columns < WIDTH
-        total, weight = self._total(number), self._weight(slot, values)
+        total = self._total(number)
         self._hand_state([part.astype(BF16) for part in state])
         pending = kernel.product((CHUNK, config.columns), smem.w.at[slot], smem.z, turned="b")
         self._refill(number)
-        new = values.astype(jnp.float32) - kernel.settled(pending)
-        smem.weighted[...] = (new * weight).astype(BF16)
+        recalled = kernel.settled(pending)
+        new = (values if apart else self._values(number)).astype(jnp.float32) - recalled
+        smem.weighted[...] = (new * self._weight(slot, new)).astype(BF16)
         plgpu.commit_smem()
         onto = [None, None] if apart else [part * total for part in state]
         pending = [
@@ -463,7 +466,9 @@ class _Chain:
             for keys, sums in zip(HALVES, onto, strict=True)
         ]
         self._hand_values(new)
-        values = self._values(self._wait_for(number + 1))
+        following = self._wait_for(number + 1)
+        if apart:
+            values = self._values(following)
         kernel.end_of_block()
         added = [kernel.settled(part, 1 - half) for half, part in enumerate(pending)]
         state = [part * total + more for part, more in zip(state, added, strict=True)] if apart else added

@@ -29,7 +29,7 @@ BF16, F16, F32 = (np.dtype(x) for x in (jnp.bfloat16, np.float16, np.float32))
 HIGHEST = lax.Precision.HIGHEST
 NAN = float("nan")
 BOUND = 0.006  # of o and of states, relative: all operands are rounded to bf16
-STEP_BOUND = 0.004  # against the plain recurrence, which rounds alike
+STEP_BOUND = 5e-4  # against the plain recurrence, which rounds alike
 
 
 @dataclasses.dataclass(frozen=True)
