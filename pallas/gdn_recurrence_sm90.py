@@ -404,16 +404,18 @@ class _Chain:
         """U of a chunk whose operands are there, as the state is held."""
         values = self.smem.u.at[lax.rem(number, self.config.stages)]
         if not self.config.turned:
-            return plgpu.load(values, layout=hopper.ACCUMULATOR)
-        if self.kernel.interpret is not None:
-            return values[...].T
-        return plgpu.load(values.T, layout=hopper.ACCUMULATOR)
+            values = plgpu.load(values, layout=hopper.ACCUMULATOR)
+        elif self.kernel.interpret is not None:
+            values = values[...].T
+        else:
+            values = plgpu.load(values.T, layout=hopper.ACCUMULATOR)
+        return self.kernel.computed([values.astype(jnp.float32)])[0]
 
-    def _weight(self, slot: Any, values: Any) -> Any:
+    def _weight(self, slot: Any, shape: tuple[int, int]) -> Any:
         """rows[1] in the shape of the values."""
         layout, axis = (COLUMN, 1) if self.config.turned else (hopper.ROW, 0)
         weight = plgpu.load(self.smem.weight.at[slot], layout=layout, optimized=False)
-        return lax.broadcast_in_dim(weight, values.shape, [axis])
+        return lax.broadcast_in_dim(weight, shape, [axis])
 
     def _total(self, number: Any) -> Any:
         return self.gmem.total[self.place.chunk + number, self.place.head]
@@ -427,11 +429,11 @@ class _Chain:
         pending = None
         for keys, part in zip(HALVES, low, strict=True):
             pending = kernel.product((ROWS, CHUNK), part, smem.w.at[slot, :, keys], pending)
-        total, weight = self._total(number), self._weight(slot, values)
+        total, weight = self._total(number), self._weight(slot, values.shape)
         self._hand_state(low)
         self._refill(number)
         recalled = kernel.settled(pending)
-        values, k = values.astype(jnp.float32), smem.k.at[slot]
+        k = smem.k.at[slot]
         first, weighted, new = kernel.rounding(recalled, weight, values, k.at[:, HALVES[0]], turned="b")
         second = kernel.product((ROWS, ROWS), weighted, k.at[:, HALVES[1]], turned="b")
         self._hand_values(new)
@@ -452,13 +454,14 @@ class _Chain:
         state, values = carry
         smem, config, kernel = self.smem, self.config, self.kernel
         slot, apart = lax.rem(number, config.stages), config.columns < WIDTH
-        total = self._total(number)
+        shape = (CHUNK, config.columns)
+        total, weight = self._total(number), self._weight(slot, shape)
         self._hand_state([part.astype(BF16) for part in state])
-        pending = kernel.product((CHUNK, config.columns), smem.w.at[slot], smem.z, turned="b")
+        pending = kernel.product(shape, smem.w.at[slot], smem.z, turned="b")
         self._refill(number)
         recalled = kernel.settled(pending)
-        new = (values if apart else self._values(number)).astype(jnp.float32) - recalled
-        smem.weighted[...] = (new * self._weight(slot, new)).astype(BF16)
+        new = (values if apart else self._values(number)) - recalled
+        smem.weighted[...] = (new * weight).astype(BF16)
         plgpu.commit_smem()
         onto = [None, None] if apart else [part * total for part in state]
         pending = [
@@ -469,11 +472,20 @@ class _Chain:
         following = self._wait_for(number + 1)
         if apart:
             values = self._values(following)
-        kernel.end_of_block()
-        added = [kernel.settled(part, 1 - half) for half, part in enumerate(pending)]
-        state = [part * total + more for part, more in zip(state, added, strict=True)] if apart else added
+        kernel.end_of_block(1)
+        if apart:
+            state = self._added(state, total, pending)
+        else:
+            state = [kernel.settled(part, 1 - half) for half, part in enumerate(pending)]
         self._checkpoint(number, state)
         return state, values
+
+    def _added(self, state: list[Any], total: Any, pending: list[Any]) -> list[Any]:
+        """total * state + pending: the first half beside the product of the second one."""
+        first = state[0] * total + self.kernel.settled(pending[0], 1)
+        (first,) = self.kernel.computed([first])
+        self.kernel.end_of_block(2)
+        return [first, state[1] * total + self.kernel.settled(pending[1])]
 
     def _wait_for(self, number: Any) -> Any:
         """For the operands of a chunk, or of the last one again."""

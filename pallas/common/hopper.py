@@ -186,8 +186,7 @@ def start(
 
 def start_rounding(a: Any, factor: Any, term: Any, b: Any, onto: Any = None, turned: str = "") -> tuple[Any, Any, Any]:
     """As ``start`` of one product in bf16 with (term - a) * factor, all [64, k] of a consumer. It is computed and
-    rounded beside the products, each of which takes 16 columns when they are ready. Returns what is pending, the
-    operand, and term - a.
+    rounded beside the products, in two halves of the columns. Returns what is pending, the operand, and term - a.
 
     What products in flight write may not be computed otherwise: the assembler would wait for each of them.
     """
@@ -201,13 +200,16 @@ def start_rounding(a: Any, factor: Any, term: Any, b: Any, onto: Any = None, tur
         sums = _elements(fragmented_array.optimization_barrier(onto[0])) if onto else None
         rounded, differences = [], []
         kind = _Kind(ir.BF16Type.get(), False, "b" in turned, False)
-        for number, right in enumerate(_turned_descriptors(b) if "b" in turned else _descriptors(b)):
-            columns = slice(16 * number, 16 * number + 16)
+        rights = _turned_descriptors(b) if "b" in turned else _descriptors(b)
+        half = len(rights) // 2
+        for first in (0, half):
+            columns = slice(16 * first, 16 * (first + half))
             differences.append(term[:, columns] - a[:, columns])
             exact = differences[-1] * factor[:, columns]
             rounded.append(fragmented_array.optimization_barrier(exact.astype(ir.BF16Type.get())))
             nvvm.wgmma_fence_aligned()
-            sums = _multiply(n, sums, *_operand_words(rounded[-1]), right, kind)
+            for words, right in zip(_operand_words(rounded[-1]), rights[first : first + half], strict=True):
+                sums = _multiply(n, sums, words, right, kind)
         nvvm.wgmma_commit_group_sync_aligned()
         return _accumulators((ROWS, n), sums), _beside(rounded), _beside(differences)
 
