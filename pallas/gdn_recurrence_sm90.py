@@ -109,7 +109,7 @@ Recurrence = Callable[[Chunks, Prepared, jax.Array, jax.Array, States], tuple[ja
 
 def build(problem: GdnProblem, config: RecurrenceConfig, in_place: bool = False, interpret: Any = None) -> Recurrence:
     """(chunks, prepared, start, length, states) to o, final states or the written rows, checkpoints: what the problem
-    asks for of them."""
+    asks for of them. Of a transition to M [B, H, K, K] and N [B, H, K, V], which need neither q nor p."""
     kernel = _Kernel(problem, config, in_place, interpret)
     size = config.shared_memory(jnp.dtype(problem.out_dtype).itemsize)
     if size > MEMORY:
@@ -123,7 +123,10 @@ def build(problem: GdnProblem, config: RecurrenceConfig, in_place: bool = False,
             raise ValueError(f"nothing to compute: {problem}")
         table = _table(problem, chunks, start, length, states)
         results = kernel.call(table, chunks, prepared, states)
-        return tuple(varying_like((prepared, table), results))
+        results = varying_like((prepared, table), results)
+        if problem.transition:
+            return results[0][..., :WIDTH], results[0][..., WIDTH:]
+        return tuple(results)
 
     return op
 
@@ -186,25 +189,25 @@ class _Global(NamedTuple):
 
 
 class _Shared(NamedTuple):
-    """Shared memory and barriers, by role."""
+    """Shared memory and barriers, by role; what a kernel does not need is None."""
 
     w: Any  # [stages, 64, 128]
     u: Any  # [stages, 64, columns]
     k: Any  # [stages, 64, 128]
     weight: Any  # float32 [stages, 64]: rows[1]
-    q: Any  # [output_stages, 64, 128]
-    p: Any  # [output_stages, 64, 64]
-    factor: Any  # float32 [output_stages, 64]: rows[0]
-    z: Any  # the state [128, columns], or its transpose
-    y: Any  # new values [64, columns], or their transpose
-    weighted: Any  # [64, columns] times rows[1]; None in registers
-    out: Any  # [pieces, 64, columns of a piece]
     there: Any  # operands of the chain
-    outputs_there: Any
-    z_there: Any
-    z_free: Any
-    y_there: Any
-    y_free: Any
+    z: Any = None  # the state [128, columns], or its transpose
+    y: Any = None  # new values [64, columns], or their transpose
+    weighted: Any = None  # [64, columns] times rows[1]; not in registers
+    q: Any = None  # [output_stages, 64, 128]
+    p: Any = None  # [output_stages, 64, 64]
+    factor: Any = None  # float32 [output_stages, 64]: rows[0]
+    out: Any = None  # [pieces, 64, columns of a piece]
+    outputs_there: Any = None
+    z_there: Any = None
+    z_free: Any = None
+    y_there: Any = None
+    y_free: Any = None
 
 
 class _Place(NamedTuple):
@@ -226,8 +229,18 @@ class _Kernel:
     interpret: Any
 
     @property
+    def transition(self) -> bool:
+        """Instead of outputs and final states, what the chunks make of any state: M and N side by side."""
+        return self.problem.transition
+
+    @property
+    def width(self) -> int:
+        """Columns of all blocks of a head."""
+        return 2 * WIDTH if self.transition else WIDTH
+
+    @property
     def vk(self) -> bool:
-        return self.problem.state_layout == "vk"
+        return self.problem.state_layout == "vk" and not self.transition
 
     def pieces(self, dtype: Any) -> tuple[int, int]:
         """Copies that rows of a block's columns take, and columns of each: up to 128 bytes."""
@@ -235,30 +248,28 @@ class _Kernel:
         return self.config.columns // width, width
 
     def call(self, table: jax.Array, chunks: Chunks, prepared: Prepared, states: States) -> list[jax.Array]:
-        problem, config = self.problem, self.config
-        of = jax.ShapeDtypeStruct
-        results = {"out": of((problem.tokens, problem.heads, WIDTH), problem.out_dtype)}
-        if problem.return_final_state and not self.in_place:
-            results["final"] = of((problem.sequences, *problem.state_shape), problem.state_dtype)
-        if problem.checkpoints:
-            results["checkpoints"] = of((problem.checkpoints, *problem.state_shape), problem.state_dtype)
+        problem, config, scratch = self.problem, self.config, self._scratch()
         given = {"table": table, "token": chunks.token, "valid": chunks.valid, **prepared._asdict()}
-        if states.given is not None and not self.in_place:
+        if self.transition:
+            given = {name: x for name, x in given.items() if name not in ("token", "valid", "p", "q")}
+        elif states.given is not None and not self.in_place:
             given["given"] = states.given
+        results = self._results()
         names = [*given, *(["final"] if self.in_place else []), *results]
 
         def fp8attn_gdn_recurrence_sm90(*refs: Any) -> None:
-            self._body(dict(zip(names, refs, strict=False)), refs[len(names) :])
+            smem = _Shared(**dict(zip(scratch, refs[len(names) :], strict=True)))
+            self._body(dict(zip(names, refs, strict=False)), smem)
 
         def kernel(out_type: list[Any], *operands: Any) -> Any:
             return plgpu.kernel(
                 fp8attn_gdn_recurrence_sm90,
                 out_type=out_type,
-                grid=(problem.sequences * problem.heads * (WIDTH // config.columns),),
+                grid=(problem.sequences * problem.heads * (self.width // config.columns),),
                 grid_names=("block",),
-                num_threads=2,
+                num_threads=1 if self.transition else 2,
                 thread_name="warpgroup",
-                scratch_types=self._scratch(),
+                scratch_types=list(scratch.values()),
                 compiler_params=plgpu.CompilerParams(
                     approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
                 ),
@@ -272,51 +283,63 @@ class _Kernel:
         pool, out, *others = run((states.given, *empty))
         return [out, pool, *others]
 
-    def _scratch(self) -> list[Any]:
+    def _results(self) -> dict[str, jax.ShapeDtypeStruct]:
+        problem, of = self.problem, jax.ShapeDtypeStruct
+        if self.transition:
+            return {"final": of((problem.sequences, problem.heads, WIDTH, self.width), jnp.float32)}
+        results = {"out": of((problem.tokens, problem.heads, WIDTH), problem.out_dtype)}
+        if problem.return_final_state and not self.in_place:
+            results["final"] = of((problem.sequences, *problem.state_shape), problem.state_dtype)
+        if problem.checkpoints:
+            results["checkpoints"] = of((problem.checkpoints, *problem.state_shape), problem.state_dtype)
+        return results
+
+    def _scratch(self) -> dict[str, Any]:
+        """Of ``_Shared``."""
         config, out_dtype = self.config, jnp.dtype(self.problem.out_dtype)
-        columns = config.columns
+        columns, stages, others = config.columns, config.stages, config.output_stages
         pieces, width = self.pieces(out_dtype)
         tiles = lambda *shape: hopper.tiles(shape, BF16, min(128, 2 * shape[-1]))
-        own = lambda rows: (columns, rows) if config.turned else (rows, columns)
-        handed = [own(WIDTH), own(CHUNK), *([] if config.turned else [own(CHUNK)])]
+        own = lambda rows: tiles(columns, rows) if config.turned else tiles(rows, columns)
         barrier = lambda arrivals, count=1: plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
         swizzled = () if self.interpret is not None else (plgpu.SwizzleTransform(width * out_dtype.itemsize),)
-        return [
-            tiles(config.stages, CHUNK, WIDTH),
-            tiles(config.stages, CHUNK, columns),
-            tiles(config.stages, CHUNK, WIDTH),
-            plgpu.SMEM((config.stages, CHUNK), jnp.float32),
-            tiles(config.output_stages, CHUNK, WIDTH),
-            tiles(config.output_stages, CHUNK, CHUNK),
-            plgpu.SMEM((config.output_stages, CHUNK), jnp.float32),
-            *(tiles(*shape) for shape in handed),
-            plgpu.SMEM((pieces, CHUNK, width), out_dtype, transforms=swizzled),
-            barrier(4, config.stages),
-            barrier(3, config.output_stages),
-            barrier(1),
-            barrier(1),
-            barrier(1),
-            barrier(1),
-        ]
+        chain = {
+            "w": tiles(stages, CHUNK, WIDTH),
+            "u": tiles(stages, CHUNK, columns),
+            "k": tiles(stages, CHUNK, WIDTH),
+            "weight": plgpu.SMEM((stages, CHUNK), jnp.float32),
+            "there": barrier(4, stages),
+            **({} if config.turned else {"weighted": own(CHUNK)}),
+        }
+        if self.transition:
+            return chain if config.turned else {**chain, "z": own(WIDTH)}
+        return {
+            **chain,
+            "z": own(WIDTH),
+            "y": own(CHUNK),
+            "q": tiles(others, CHUNK, WIDTH),
+            "p": tiles(others, CHUNK, CHUNK),
+            "factor": plgpu.SMEM((others, CHUNK), jnp.float32),
+            "out": plgpu.SMEM((pieces, CHUNK, width), out_dtype, transforms=swizzled),
+            "outputs_there": barrier(3, others),
+            **{name: barrier(1) for name in ("z_there", "z_free", "y_there", "y_free")},
+        }
 
-    def _shared(self, given: tuple[Any, ...]) -> _Shared:
-        """By role what ``_scratch`` lists."""
-        left = iter(given)
-        absent = {"weighted": self.config.turned}
-        return _Shared(*(None if absent.get(name) else next(left) for name in _Shared._fields))
-
-    def _body(self, gmem: dict[str, Any], scratch: tuple[Any, ...]) -> None:
+    def _body(self, gmem: dict[str, Any], smem: _Shared) -> None:
         refs = _Global(*(gmem.get(name) for name in _Global._fields))
         if self.in_place:
             refs = refs._replace(given=refs.final)
-        smem, place = self._shared(scratch), self._place(refs)
+        place = self._place(refs)
+        if self.transition:
+            _Chain(self, refs, smem, place).run()
+            return
         warpgroup = lax.axis_index("warpgroup")
         pl.when(warpgroup == 0)(lambda: _Chain(self, refs, smem, place).run())
         pl.when(warpgroup == 1)(lambda: _Outputs(self, refs, smem, place).run())
 
     def _place(self, gmem: _Global) -> _Place:
         """The blocks of columns of a head are neighbours: they read the same operands."""
-        blocks = WIDTH // self.config.columns
+        blocks = self.width // self.config.columns
         number, block = lax.div(lax.axis_index("block"), blocks), lax.rem(lax.axis_index("block"), blocks)
         row, head = lax.div(number, self.problem.heads), lax.rem(number, self.problem.heads)
         facts = (gmem.table[row, FIELDS.index(name)] for name in ("sequence", "chunk", "chunks"))
@@ -374,9 +397,11 @@ class _Chain:
 
     def run(self) -> None:
         smem, chunks = self.smem, self.place.chunks
+        if self.kernel.transition:
+            pl.when(self.place.column < WIDTH)(self._without_values)
         for number in range(self.config.stages - 1):
             pl.when(number < chunks)(lambda number=number: self._load(number))
-        state = self._initial()
+        state = self._identity() if self.kernel.transition else self._initial()
         pl.when(chunks > 0)(lambda: plgpu.barrier_wait(smem.there.at[0]))
         if self.config.turned:
             carry = state, [part.astype(BF16) for part in state], self._values(jnp.int32(0))
@@ -385,8 +410,24 @@ class _Chain:
             values = self._values(jnp.int32(0)) if self.config.columns < WIDTH else None
             state = lax.fori_loop(0, chunks, self._in_shared, (state, values))[0]
         self._finish(state)
-        plgpu.barrier_wait(smem.z_free)
-        plgpu.barrier_wait(smem.y_free)
+        if not self.kernel.transition:
+            plgpu.barrier_wait(smem.z_free)
+            plgpu.barrier_wait(smem.y_free)
+
+    def _without_values(self) -> None:
+        """M is what becomes of the identity without U."""
+        nothing = plgpu.layout_cast(jnp.zeros((CHUNK, self.config.columns), jnp.float32), hopper.ACCUMULATOR)
+        for slot in range(self.config.stages):
+            self.smem.u.at[slot][...] = nothing.astype(BF16)
+        plgpu.commit_smem()
+
+    def _identity(self) -> list[Any]:
+        """Of 128 columns; 0 in those behind."""
+        shape = (ROWS, ROWS if self.config.turned else self.config.columns)
+        row, column = (plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=hopper.ACCUMULATOR) for axis in (0, 1))
+        keys, values = (column, row) if self.config.turned else (row, column)
+        ahead = [values - keys + self.place.column - ROWS * half for half in range(2)]
+        return [jnp.where(x == 0, 1.0, 0.0).astype(jnp.float32) for x in ahead]
 
     def _load(self, number: Any) -> None:
         """The chain's operands of a chunk."""
@@ -394,9 +435,15 @@ class _Chain:
         slot = lax.rem(number, self.config.stages)
         chunk, there = place.chunk + number, smem.there.at[slot]
         k_head = lax.div(place.head * problem.k_heads, problem.heads)
-        columns = pl.ds(pl.multiple_of(place.column, self.config.columns), self.config.columns)
+        first = lax.rem(place.column, WIDTH) if self.kernel.transition else place.column
+        columns = pl.ds(pl.multiple_of(first, self.config.columns), self.config.columns)
         plgpu.copy_gmem_to_smem(gmem.w.at[chunk, place.head], smem.w.at[slot], there)
-        plgpu.copy_gmem_to_smem(gmem.u.at[chunk, place.head, :, columns], smem.u.at[slot], there)
+        values = lambda: plgpu.copy_gmem_to_smem(gmem.u.at[chunk, place.head, :, columns], smem.u.at[slot], there)
+        if self.kernel.transition:
+            pl.when(place.column >= WIDTH)(values)
+            pl.when(place.column < WIDTH)(lambda: plgpu.barrier_arrive(there))
+        else:
+            values()
         plgpu.copy_gmem_to_smem(gmem.k.at[chunk, k_head], smem.k.at[slot], there)
         plgpu.copy_gmem_to_smem(gmem.rows.at[chunk, place.head, 1], smem.weight.at[slot], there)
 
@@ -494,17 +541,23 @@ class _Chain:
         return jnp.minimum(number, self.place.chunks - 1)
 
     def _hand_state(self, low: list[Any]) -> None:
-        """To the outputs, and in shared memory to the own product."""
-        smem = self.smem
-        plgpu.barrier_wait(smem.z_free)
-        for keys, part in zip(HALVES, low, strict=True):
-            (smem.z.at[:, keys] if self.config.turned else smem.z.at[keys])[...] = part
+        """To the outputs, and in shared memory to the own product. Behind it all warps are done with the chunk
+        before."""
+        smem, outputs = self.smem, not self.kernel.transition
+        if outputs:
+            plgpu.barrier_wait(smem.z_free)
+        if outputs or not self.config.turned:
+            for keys, part in zip(HALVES, low, strict=True):
+                (smem.z.at[:, keys] if self.config.turned else smem.z.at[keys])[...] = part
         plgpu.commit_smem()
-        plgpu.barrier_arrive(smem.z_there)
+        if outputs:
+            plgpu.barrier_arrive(smem.z_there)
 
     def _hand_values(self, new: Any) -> None:
         """To the outputs."""
         smem = self.smem
+        if self.kernel.transition:
+            return
         plgpu.barrier_wait(smem.y_free)
         smem.y[...] = new.astype(BF16)
         plgpu.commit_smem()
@@ -542,7 +595,7 @@ class _Chain:
 
     def _store(self, states: Any, state: list[Any]) -> None:
         for part, value in enumerate(state):
-            tile, value = self._tile(states, part), value.astype(self.kernel.problem.state_dtype)
+            tile, value = self._tile(states, part), value.astype(states.dtype)
             if self.kernel.vk == self.config.turned:
                 store(tile, value)
             elif self.kernel.interpret is not None:

@@ -337,6 +337,32 @@ class TestPool:
             compare(case, [got[0], got[2]], [wanted[0], wanted[2]])
 
 
+def transition(
+    interpret: Any, case: Case, config: RecurrenceConfig, chunks: Chunks, prepared: Prepared
+) -> tuple[Any, Any]:
+    problem = dataclasses.replace(case.problem(), transition=True)
+    op = gdn_recurrence_sm90.build(problem, config, interpret=interpret)
+    start, length = (jnp.asarray(x) for x in (case.cu[:-1], np.diff(case.cu)))
+    return jax.jit(op)(*jax.tree.map(jnp.asarray, (chunks, prepared)), start, length, States())
+
+
+class TestTransition:
+    @pytest.mark.slow
+    @pytest.mark.parametrize("form", TWO)
+    def test_columns(self, form: str) -> None:
+        """M is what becomes of the identity without U, N of 0 with it."""
+        case = Case((200, 0), (1, 1, 1))
+        _, chunks, prepared = operands(case)
+        without = prepared._replace(q=prepared.q * NAN, p=prepared.p * NAN)
+        m, n = run_interpreted(transition, case, FORMS[form], chunks, without)
+        start = np.zeros((2, 1, 128, 128), np.float32)
+        wanted = recurrence(case.problem(), chunks, prepared, start)[1]
+        assert relative(n, wanted) < STEP_BOUND
+        still = prepared._replace(u=np.zeros_like(prepared.u))
+        wanted = recurrence(case.problem(), chunks, still, start + np.eye(128, dtype=np.float32))[1]
+        assert relative(m, wanted) < STEP_BOUND
+
+
 def faulty(interpret: Any, fault: str, case: Case, form: str, pool: bool = False) -> Any:
     """The kernel with one thing replaced."""
     chain, outputs, module = gdn_recurrence_sm90._Chain, gdn_recurrence_sm90._Outputs, gdn_recurrence_sm90

@@ -228,6 +228,8 @@ def gdn_recurrence_calls() -> Iterator[Call]:
     three = dataclasses.replace(registers, output_stages=2)
     yield _gdn_recurrence("64 in registers, float32 output", three, out_dtype=state32)
     yield _gdn_recurrence("32 shared, float16 output", narrow, out_dtype=jnp.dtype(F16), **kv)
+    for label, config in (("64 in registers", registers), ("32 shared", narrow)):
+        yield _gdn_recurrence(f"{label}, transition", config, initial=False, transition=True)
 
 
 def _gdn_recurrence(label: str, config: Any, initial: bool = True, pool: bool = False, **options: Any) -> Call:
