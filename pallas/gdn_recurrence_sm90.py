@@ -404,11 +404,11 @@ class _Chain:
         state = self._identity() if self.kernel.transition else self._initial()
         pl.when(chunks > 0)(lambda: plgpu.barrier_wait(smem.there.at[0]))
         if self.config.turned:
-            carry = state, [part.astype(BF16) for part in state], self._values(jnp.int32(0))
+            carry = state, [part.astype(BF16) for part in state], self._values(jnp.int32(0)), self._total(0)
             state = lax.fori_loop(0, chunks, self._in_registers, carry)[0]
         else:
             values = self._values(jnp.int32(0)) if self.config.columns < WIDTH else None
-            state = lax.fori_loop(0, chunks, self._in_shared, (state, values))[0]
+            state = lax.fori_loop(0, chunks, self._in_shared, (state, values, self._total(0)))[0]
         self._finish(state)
         if not self.kernel.transition:
             plgpu.barrier_wait(smem.z_free)
@@ -465,18 +465,19 @@ class _Chain:
         return lax.broadcast_in_dim(weight, shape, [axis])
 
     def _total(self, number: Any) -> Any:
+        """A chunk's decay, read a chunk ahead: it may come from memory."""
         return self.gmem.total[self.place.chunk + number, self.place.head]
 
     def _in_registers(self, number: Any, carry: Any) -> Any:
         """A chunk. The state is in two halves, the first and the last 64 keys, and comes with what is rounded of it.
         What is added to it is multiplied apart, since nothing else may write what a product in flight writes."""
-        state, low, values = carry
+        state, low, values, total = carry
         smem, kernel = self.smem, self.kernel
         slot = lax.rem(number, self.config.stages)
         pending = None
         for keys, part in zip(HALVES, low, strict=True):
             pending = kernel.product((ROWS, CHUNK), part, smem.w.at[slot, :, keys], pending)
-        total, weight = self._total(number), self._weight(slot, values.shape)
+        next_total, weight = self._total(self._next(number)), self._weight(slot, values.shape)
         self._hand_state(low)
         self._refill(number)
         recalled = kernel.settled(pending)
@@ -484,7 +485,8 @@ class _Chain:
         first, weighted, new = kernel.rounding(recalled, weight, values, k.at[:, HALVES[0]], turned="b")
         second = kernel.product((ROWS, ROWS), weighted, k.at[:, HALVES[1]], turned="b")
         self._hand_values(new)
-        values = self._values(self._wait_for(number + 1))
+        following = self._wait_for_next(number)
+        values = self._values(following)
         kernel.end_of_block(1)
         updated, low = [], []
         for half, added in enumerate((first, second)):
@@ -493,16 +495,16 @@ class _Chain:
             if not half:
                 kernel.end_of_block(2)
         self._checkpoint(number, updated)
-        return updated, low, values
+        return updated, low, values, next_total
 
     def _in_shared(self, number: Any, carry: Any) -> Any:
         """A chunk. The registers hold no second state of 128 columns, and no U beside it: there sums are added to, and
         U is read when it is needed."""
-        state, values = carry
+        state, values, total = carry
         smem, config, kernel = self.smem, self.config, self.kernel
         slot, apart = lax.rem(number, config.stages), config.columns < WIDTH
         shape = (CHUNK, config.columns)
-        total, weight = self._total(number), self._weight(slot, shape)
+        next_total, weight = self._total(self._next(number)), self._weight(slot, shape)
         self._hand_state([part.astype(BF16) for part in state])
         pending = kernel.product(shape, smem.w.at[slot], smem.z, turned="b")
         self._refill(number)
@@ -516,7 +518,7 @@ class _Chain:
             for keys, sums in zip(HALVES, onto, strict=True)
         ]
         self._hand_values(new)
-        following = self._wait_for(number + 1)
+        following = self._wait_for_next(number)
         if apart:
             values = self._values(following)
         kernel.end_of_block(1)
@@ -525,7 +527,7 @@ class _Chain:
         else:
             state = [kernel.settled(part, 1 - half) for half, part in enumerate(pending)]
         self._checkpoint(number, state)
-        return state, values
+        return state, values, next_total
 
     def _added(self, state: list[Any], total: Any, pending: list[Any]) -> list[Any]:
         """total * state + pending: the first half beside the product of the second one."""
@@ -534,11 +536,15 @@ class _Chain:
         self.kernel.end_of_block(2)
         return [first, state[1] * total + self.kernel.settled(pending[1])]
 
-    def _wait_for(self, number: Any) -> Any:
-        """For the operands of a chunk, or of the last one again."""
-        there = self.smem.there.at[lax.rem(number, self.config.stages)]
-        pl.when(number < self.place.chunks)(lambda: plgpu.barrier_wait(there))
-        return jnp.minimum(number, self.place.chunks - 1)
+    def _next(self, number: Any) -> Any:
+        """The chunk behind this one, or the last one again."""
+        return jnp.minimum(number + 1, self.place.chunks - 1)
+
+    def _wait_for_next(self, number: Any) -> Any:
+        """For the operands of ``_next``."""
+        there = self.smem.there.at[lax.rem(number + 1, self.config.stages)]
+        pl.when(number + 1 < self.place.chunks)(lambda: plgpu.barrier_wait(there))
+        return self._next(number)
 
     def _hand_state(self, low: list[Any]) -> None:
         """To the outputs, and in shared memory to the own product. Behind it all warps are done with the chunk
@@ -623,7 +629,7 @@ class _Chain:
             pl.when(row >= 0)(lambda: self._store(self.gmem.final.at[row, self.place.head], state))
         if not self.kernel.problem.checkpoints:
             return
-        zeros = [x * 0.0 for x in state]
+        zeros = [plgpu.layout_cast(jnp.zeros(x.shape, jnp.float32), hopper.ACCUMULATOR) for x in state]
 
         @pl.loop(self.field("checkpoint") + self.field("checkpoints"), self.field("blank_end"))
         def clear(row: Any) -> None:
@@ -674,6 +680,8 @@ class _Outputs:
         smem, config, kernel = self.smem, self.config, self.kernel
         slot, following = lax.rem(number, config.output_stages), number + config.output_stages - 1
         pl.when(following < self.place.chunks)(lambda: self._load(following))
+        chunk = self.place.chunk + number
+        token, valid = self.gmem.token[chunk], self.gmem.valid[chunk]
         shape, turned = (CHUNK, config.columns), "" if config.turned else "b"
         plgpu.barrier_wait(smem.outputs_there.at[slot])
         factor = plgpu.load(smem.factor.at[slot], layout=hopper.ROW, optimized=False)
@@ -687,8 +695,7 @@ class _Outputs:
         out = kernel.settled(pending)
         plgpu.barrier_arrive(smem.y_free)
         self._stage(out)
-        chunk = self.place.chunk + number
-        self._store_rows(self.gmem.token[chunk], self.gmem.valid[chunk])
+        self._store_rows(token, valid)
 
     def _stage(self, out: Any) -> None:
         out = out.astype(self.kernel.problem.out_dtype)
