@@ -269,7 +269,7 @@ class TestInterpreted:
         "case",
         [
             Case((340,), (1, 1, 1), initial=False, every=128),
-            Case((1, 0, 65, 129), (1, 1, 3), before=5, behind=70, state=BF16, out=F32, layout="kv", every=64),
+            Case((1, 0, 65), (1, 1, 3), before=5, behind=70, state=BF16, out=F32, layout="kv", every=64),
             Case((64, 128), (2, 1, 1), out=F16, layout="kv"),
             Case((0, 0), (1, 1, 1), behind=66, every=64),
         ],
