@@ -262,7 +262,56 @@ def _gdn_prepare(
     return Call(label, prepare, tuple(leaves))
 
 
+def gdn_recurrence_calls() -> Iterator[Call]:
+    """Every form; outputs, states and layouts of every kind; a pool in place; checkpoints."""
+    from jax_fp8attn.pallas.gdn_recurrence_sm90 import RecurrenceConfig
+
+    registers, narrow, wide = (
+        RecurrenceConfig(*x) for x in ((64, "registers", 3, 3), (32, "shared", 4, 2), (128, "shared", 2, 2))
+    )
+    state16, state32, kv = jnp.dtype(BF16), jnp.dtype(F32), {"state_layout": "kv"}
+    yield _gdn_recurrence("64 in registers", registers)
+    yield _gdn_recurrence("32 shared", narrow)
+    yield _gdn_recurrence("64 shared", RecurrenceConfig(64, "shared", 3, 2))
+    yield _gdn_recurrence("128 shared", wide)
+    yield _gdn_recurrence("64 in registers, no states", registers, initial=False, return_final_state=False)
+    options = {"state_dtype": state16, "checkpoint_every": 128, **kv}
+    yield _gdn_recurrence("64 in registers, pool kv bfloat16, checkpoints", registers, pool=True, **options)
+    yield _gdn_recurrence("32 shared, pool vk float32, checkpoints", narrow, pool=True, checkpoint_every=64)
+    yield _gdn_recurrence("128 shared, kv bfloat16, checkpoints", wide, **options)
+    three = dataclasses.replace(registers, output_stages=2)
+    yield _gdn_recurrence("64 in registers, float32 output", three, out_dtype=state32)
+    yield _gdn_recurrence("32 shared, float16 output", narrow, out_dtype=jnp.dtype(F16), **kv)
+    for label, config in (("64 in registers", registers), ("32 shared", narrow)):
+        yield _gdn_recurrence(f"{label}, transition", config, initial=False, transition=True)
+
+
+def _gdn_recurrence(label: str, config: Any, initial: bool = True, pool: bool = False, **options: Any) -> Call:
+    from jax_fp8attn.pallas import gdn_recurrence_sm90 as kernel
+    from jax_fp8attn.pallas.common.gdn_chunks import CHUNK, Chunks, Prepared
+    from jax_fp8attn.problems import GdnProblem
+
+    tokens, sequences, heads, k_heads, dtype = 1024, 2, 6, 2, jnp.dtype(BF16)
+    options = {"out_dtype": dtype, "state_dtype": jnp.dtype(F32), **options}
+    problem = GdnProblem(
+        tokens=tokens, sequences=sequences, q_heads=k_heads, k_heads=k_heads, v_heads=heads, k_width=128, v_width=128,
+        dtype=dtype, has_initial_state=initial, **options,
+    )  # fmt: skip
+    of, count = jax.ShapeDtypeStruct, tokens // CHUNK + sequences
+    each, every = of((sequences,), jnp.int32), of((count,), jnp.int32)
+    shapes = ((heads, CHUNK, 128), (heads, CHUNK, 128), (heads, CHUNK, CHUNK), *[(k_heads, CHUNK, 128)] * 2)
+    prepared = Prepared(
+        *(of((count, *shape), BF16) for shape in shapes), of((count, heads, 2, CHUNK), F32), of((count, heads), F32)
+    )
+    rows = of((5, *problem.state_shape), problem.state_dtype)
+    states = kernel.States(*((rows, each) if initial else (None, None)), each if pool else None)
+    leaves, tree = jax.tree.flatten((Chunks(each, each, every, every), prepared, each, each, states))
+    run = kernel.build(problem, config, pool)
+    return Call(label, lambda *given: run(*jax.tree.unflatten(tree, given)), tuple(leaves))
+
+
 GATED: dict[str, tuple[Callable[[], Iterator[Call]], Budget]] = {
+    "gdn_recurrence": (gdn_recurrence_calls, Budget(registers=255, shared_memory=232448)),
     "merge_attn_states": (merge_calls, Budget(registers=128, shared_memory=1024)),
     "gdn_prepare": (gdn_prepare_calls, Budget(registers=255, shared_memory=76800)),
     "mla_prepare": (mla_prepare_calls, Budget(registers=168, shared_memory=131072)),

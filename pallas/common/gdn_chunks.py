@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_fp8attn.problems import GDN_CHUNK
+from jax_fp8attn.problems import GDN_CHUNK as CHUNK
 
 
 class Chunks(NamedTuple):
@@ -34,14 +34,14 @@ class Prepared(NamedTuple):
 def chunk_list(start: jax.Array, length: jax.Array, tokens: int) -> Chunks:
     """Of disjoint ranges of ``tokens`` tokens."""
     sequences = start.shape[0]
-    count = -(-length // GDN_CHUNK)
+    count = -(-length // CHUNK)
     last = jnp.cumsum(count, dtype=jnp.int32)
     first = last - count
-    number = jnp.arange(tokens // GDN_CHUNK + sequences, dtype=jnp.int32)
+    number = jnp.arange(tokens // CHUNK + sequences, dtype=jnp.int32)
     if not sequences:
         return Chunks(first, count, jnp.zeros_like(number), jnp.zeros_like(number))
     owner = jnp.minimum(jnp.searchsorted(last, number, side="right"), sequences - 1)
-    done = (number - first[owner]) * GDN_CHUNK
-    valid = jnp.clip(length[owner] - done, 0, GDN_CHUNK)
+    done = (number - first[owner]) * CHUNK
+    valid = jnp.clip(length[owner] - done, 0, CHUNK)
     token = jnp.where(valid > 0, start[owner] + done, 0)
     return Chunks(*(x.astype(jnp.int32) for x in (first, count, token, valid)))

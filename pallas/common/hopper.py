@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jax_fp8attn.quantize import E4M3
 
 ACCUMULATOR = plgpu.Layout.WGMMA  # [64, n] float32 of a warpgroup
 ROW = ACCUMULATOR.reduce(1)  # [64]
+ROWS = 64  # of a product of a warpgroup
 KEY_GROUP = 16
 SWIZZLES = {128: 1, 64: 2, 32: 3}  # bytes of a row, and what a descriptor says of them
 PARTIAL = 8  # columns of the narrowest array in that layout
@@ -93,9 +94,7 @@ def join(pieces: list[Any], interpret: bool) -> Any:
 
     @plgpu.inline_mgpu(arg_types=(ACCUMULATOR,) * len(pieces), return_type=whole)
     def joined(_: Any, *parts: Any) -> Any:
-        registers = np.concatenate([part.registers for part in parts], axis=1)
-        first = parts[0]
-        return fragmented_array.FragmentedArray(_registers=registers, _layout=first.layout, _is_signed=first.is_signed)
+        return _beside(parts)
 
     return joined(*pieces)
 
@@ -132,21 +131,30 @@ def full_row(value: float, rows: int) -> Any:
     return plgpu.layout_cast(jnp.full((rows,), value, jnp.float32), ROW)
 
 
-def start(shape: tuple[int, int], pairs: Sequence[tuple[Any, Any, int]], onto: Any = None, tail: int = 0) -> Any:
+def start(
+    shape: tuple[int, int],
+    pairs: Sequence[tuple[Any, Any, Any]],
+    onto: Any = None,
+    tail: int = 0,
+    turned: str = "",
+    negative: bool = False,
+) -> Any:
     """Starts the sum of products a @ b.T of e4m3, bf16 or f16 as one group; ``settled`` gives the result. ``tail``: so
     many instructions at the end are a group of their own.
 
-    Each pair: a [64, k] in shared memory or in registers, b [n, k] in shared memory, and the bytes of their swizzle; of
-    16 bits b may also stand by columns, as [n / width, k, width] with rows as wide as the swizzle. ``onto``: float32
-    sums that the products are added to. Without them the first product overwrites: plgpu.wgmma adds to zeros, which the
-    assembler now and then writes one by one.
+    Each pair: a [64, k] in shared memory or in registers, b [n, k] in shared memory, and the bytes of their swizzle, of
+    both or of each; of 16 bits b may also stand by columns, as [n / width, k, width] with rows as wide as the swizzle.
+    ``turned``: names those of a and b, of 16 bits, that are their transposes in shared memory. ``onto``: float32 sums
+    that the products are added to, or, if they are ``negative``, subtracted from. Without them the first product
+    overwrites: plgpu.wgmma adds to zeros, which the assembler now and then writes one by one.
     """
     in_registers = [not hasattr(a, "transforms") for a, _, _ in pairs]
     types, operands = [], []
     for (a, b, swizzle), register in zip(pairs, in_registers, strict=True):
         size = jnp.dtype(b.dtype).itemsize
-        types += [(plgpu.Layout.WGMMA_8BIT if size == 1 else ACCUMULATOR) if register else _tiled(swizzle, size)]
-        types += [_tiled(swizzle, size)]
+        of_a, of_b = swizzle if isinstance(swizzle, tuple) else (swizzle, swizzle)
+        types += [(plgpu.Layout.WGMMA_8BIT if size == 1 else ACCUMULATOR) if register else _tiled(of_a, size)]
+        types += [_tiled(of_b, size)]
         operands += [a, b]
     if onto is not None:
         types.append(ACCUMULATOR)
@@ -160,27 +168,69 @@ def start(shape: tuple[int, int], pairs: Sequence[tuple[Any, Any, int]], onto: A
         nvvm.wgmma_fence_aligned()
         sums = None if onto is None else _elements(given[-1])
         steps = []
-        for (_, _, swizzle), a, b in zip(
-            pairs, given[: 2 * len(pairs) : 2], given[1 : 2 * len(pairs) : 2], strict=True
-        ):
+        for a, b in zip(given[: 2 * len(pairs) : 2], given[1 : 2 * len(pairs) : 2], strict=True):
             by_column = ir.MemRefType(b.type).rank == 5
-            lefts = _operand_words(a) if _is_array(a) else [[x] for x in _descriptors(a, swizzle)]
-            rights = (_column_descriptors if by_column else _descriptors)(b, swizzle)
-            kind = ir.MemRefType(b.type).element_type, by_column
-            steps += [(left, right, *kind) for left, right in zip(lefts, rights, strict=True)]
+            of_b = _column_descriptors if by_column else _turned_descriptors if "b" in turned else _descriptors
+            of_a = _turned_descriptors if "a" in turned else _descriptors
+            lefts = _operand_words(a) if _is_array(a) else [[x] for x in of_a(a)]
+            kind = _Kind(ir.MemRefType(b.type).element_type, "a" in turned, by_column or "b" in turned, negative)
+            steps += [(left, right, kind) for left, right in zip(lefts, of_b(b), strict=True)]
         for number, step in enumerate(steps):
             if tail and number == len(steps) - tail:
                 nvvm.wgmma_commit_group_sync_aligned()
             sums = _multiply(shape[1], sums, *step)
         nvvm.wgmma_commit_group_sync_aligned()
-        layout = fragmented_array.WGMMA_LAYOUT
-        registers = np.empty(layout.registers_shape(shape), dtype=object)
-        pair = ir.VectorType.get((2,), ir.F32Type.get())
-        for number, index in enumerate(np.ndindex(registers.shape)):
-            registers[index] = vector.from_elements(pair, sums[2 * number : 2 * number + 2])
-        return fragmented_array.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+        return _accumulators(shape, sums)
 
     return emit(*operands)
+
+
+def start_rounding(a: Any, factor: Any, term: Any, b: Any, onto: Any = None, turned: str = "") -> tuple[Any, Any, Any]:
+    """As ``start`` of one product in bf16 with (term - a) * factor, all [64, k] of a consumer. It is computed and
+    rounded beside the products, in two halves of the columns. Returns what is pending, the operand, and term - a.
+
+    What products in flight write may not be computed otherwise: the assembler would wait for each of them.
+    """
+    n, swizzle = b.shape[1 if "b" in turned else 0], min(128, 2 * b.shape[-1])
+    given = [a, factor, term, *([] if onto is None else [onto])]
+    shapes = ((ROWS, n), jnp.float32), (a.shape, jnp.bfloat16), (a.shape, jnp.float32)
+    types = tuple(plgpu.ShapeDtypeStruct(shape, dtype, layout=ACCUMULATOR) for shape, dtype in shapes)
+
+    @plgpu.inline_mgpu(arg_types=(_tiled(swizzle, 2), *[ACCUMULATOR] * len(given)), return_type=types)
+    def emit(_: Any, b: Any, a: Any, factor: Any, term: Any, *onto: Any) -> Any:
+        sums = _elements(fragmented_array.optimization_barrier(onto[0])) if onto else None
+        rounded, differences = [], []
+        kind = _Kind(ir.BF16Type.get(), False, "b" in turned, False)
+        rights = _turned_descriptors(b) if "b" in turned else _descriptors(b)
+        half = len(rights) // 2
+        for first in (0, half):
+            columns = slice(16 * first, 16 * (first + half))
+            differences.append(term[:, columns] - a[:, columns])
+            exact = differences[-1] * factor[:, columns]
+            rounded.append(fragmented_array.optimization_barrier(exact.astype(ir.BF16Type.get())))
+            nvvm.wgmma_fence_aligned()
+            for words, right in zip(_operand_words(rounded[-1]), rights[first : first + half], strict=True):
+                sums = _multiply(n, sums, words, right, kind)
+        nvvm.wgmma_commit_group_sync_aligned()
+        return _accumulators((ROWS, n), sums), _beside(rounded), _beside(differences)
+
+    return emit(b, *given)
+
+
+def _beside(parts: Sequence[Any]) -> Any:
+    registers = np.concatenate([part.registers for part in parts], axis=1)
+    first = parts[0]
+    return fragmented_array.FragmentedArray(_registers=registers, _layout=first.layout, _is_signed=first.is_signed)
+
+
+def _accumulators(shape: tuple[int, ...], sums: list[ir.Value]) -> Any:
+    """What wgmma left, in its order."""
+    layout = fragmented_array.WGMMA_LAYOUT
+    registers = np.empty(layout.registers_shape(shape), dtype=object)
+    pair = ir.VectorType.get((2,), ir.F32Type.get())
+    for number, index in enumerate(np.ndindex(registers.shape)):
+        registers[index] = vector.from_elements(pair, sums[2 * number : 2 * number + 2])
+    return fragmented_array.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
 
 def settled(pending: Any, younger: int, held: Sequence[Any] = ()) -> Any:
@@ -198,6 +248,18 @@ def settled(pending: Any, younger: int, held: Sequence[Any] = ()) -> Any:
         return emit(pending)
     first, *rest = emit(*given)
     return first, rest
+
+
+def computed(arrays: Sequence[Any]) -> list[Any]:
+    """The same arrays, of a consumer, computed here: the compiler would do it where they are used."""
+    types = tuple(plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=ACCUMULATOR) for x in arrays)
+
+    @plgpu.inline_mgpu(arg_types=(ACCUMULATOR,) * len(types), return_type=types)
+    def emit(_: Any, *given: Any) -> Any:
+        held = fragmented_array.optimization_barrier(*given)
+        return (held,) if len(given) == 1 else held
+
+    return list(emit(*arrays))
 
 
 def wait(younger: int) -> None:
@@ -337,20 +399,32 @@ def _is_array(x: Any) -> bool:
     return isinstance(x, fragmented_array.FragmentedArray)
 
 
-def _descriptors(ref: Any, swizzle: int) -> list[ir.Value]:
-    """Of a matrix in tiles of eight rows of ``swizzle`` bytes: what wgmma takes for every 32 bytes of a row."""
-    shape, strides = ir.MemRefType(ref.type).shape, _byte_strides(ref)
+def _descriptors(ref: Any) -> list[ir.Value]:
+    """Of a matrix in tiles of eight rows of a swizzle: what wgmma takes for every 32 bytes of a row."""
+    shape, strides, swizzle = ir.MemRefType(ref.type).shape, _byte_strides(ref), _swizzle(ref)
     offsets = [strides[1] * tile + 32 * step for tile in range(shape[1]) for step in range(swizzle // 32)]
     facts = (strides[0] >> 4) << 32 | SWIZZLES[swizzle] << 62
     return _wide_descriptors(ref, facts, offsets) if _bytes(ref) == 1 else _word_descriptors(ref, facts, offsets)
 
 
-def _column_descriptors(ref: Any, swizzle: int) -> list[ir.Value]:
-    """Of a matrix of 16 bits [n / width, k, width] in tiles of eight rows of ``swizzle`` bytes: what wgmma takes for
-    every 16 rows."""
+def _turned_descriptors(ref: Any) -> list[ir.Value]:
+    """Of a bf16 matrix [k, n] in such tiles: what wgmma takes for every 16 rows."""
     shape, strides = ir.MemRefType(ref.type).shape, _byte_strides(ref)
-    facts = (strides[0] >> 4) << 16 | (strides[1] >> 4) << 32 | SWIZZLES[swizzle] << 62
+    facts = (strides[1] >> 4) << 16 | (strides[0] >> 4) << 32 | SWIZZLES[_swizzle(ref)] << 62
+    return _word_descriptors(ref, facts, [strides[0] * tile for tile in range(0, shape[0], 2)])
+
+
+def _column_descriptors(ref: Any) -> list[ir.Value]:
+    """Of a matrix of 16 bits [n / width, k, width] in tiles of eight rows of a swizzle: what wgmma takes for every 16
+    rows."""
+    shape, strides = ir.MemRefType(ref.type).shape, _byte_strides(ref)
+    facts = (strides[0] >> 4) << 16 | (strides[1] >> 4) << 32 | SWIZZLES[_swizzle(ref)] << 62
     return _word_descriptors(ref, facts, [strides[1] * tile for tile in range(0, shape[1], 2)])
+
+
+def _swizzle(ref: Any) -> int:
+    """Bytes of a row of a tile."""
+    return ir.MemRefType(ref.type).shape[-1] * _bytes(ref)
 
 
 def _bytes(ref: Any) -> int:
@@ -394,17 +468,25 @@ def _operand_words(a: Any) -> list[list[ir.Value]]:
     return [[vector.extract(vector.bitcast(word, x), [], first) for x in part.flat] for part in parts]
 
 
-def _multiply(
-    n: int, sums: list[ir.Value] | None, left: list[ir.Value], right: ir.Value, element: ir.Type, by_column: bool
-) -> list[ir.Value]:
+class _Kind(NamedTuple):
+    """Of a wgmma."""
+
+    element: ir.Type
+    a_turned: bool
+    b_turned: bool
+    negative: bool
+
+
+def _multiply(n: int, sums: list[ir.Value] | None, left: list[ir.Value], right: ir.Value, wanted: _Kind) -> Any:
     """One wgmma of 64 x n x 32 bytes, onto ``sums`` if they are given."""
     f32, count = ir.F32Type.get(), n // 2
     given = [*(sums or []), *left, right]
     names = [f"${number}" for number in range(count + len(given))]
     a, b = names[-1 - len(left) : -1], names[-1]
-    kind, flags = "k32.f32.e4m3.e4m3", "1, 1"
-    if isinstance(element, ir.BF16Type | ir.F16Type):
-        kind, flags = f"k16.f32.{element}.{element}", f"1, 1, {'0, ' if len(left) == 1 else ''}{int(by_column)}"
+    kind, flags = "k32.f32.e4m3.e4m3", f"{-1 if wanted.negative else 1}, 1"
+    if isinstance(wanted.element, ir.BF16Type | ir.F16Type):
+        kind = f"k16.f32.{wanted.element}.{wanted.element}"
+        flags += f", {f'{int(wanted.a_turned)}, ' if len(left) == 1 else ''}{int(wanted.b_turned)}"
     text = (
         f"{{ .reg .pred p; setp.ne.b32 p, {int(sums is not None)}, 0; "
         f"wgmma.mma_async.sync.aligned.m64n{n}{kind} {{{','.join(names[:count])}}}, "
