@@ -43,10 +43,12 @@ FIELDS = ("prefix_start", "prefix_end", "extend_start", "extend_end")
 class SparseConfig:
     """How a block works.
 
-    registers  of a consumer's and of the producer's thread
+    producer   a warpgroup of its own gathers the rows; else each consumer does for the columns that it weighs
+    registers  of a consumer's and of the producer's thread; without a producer consumers have what the compiler gives
     blocks     that work off all tiles one after the other, the next tile's rows loaded ahead; 0: a block a tile
     """
 
+    producer: bool = True
     registers: tuple[int, int] = (200, 112)
     blocks: int = configs.MULTIPROCESSORS
 
@@ -63,7 +65,10 @@ class SparseConfig:
 
 
 def default_config(problem: SparseProblem) -> SparseConfig:
-    return SparseConfig()
+    """A producer of its own where the assembler keeps setmaxnreg: jax 0.12 assembles through nvJitLink, which drops
+    it. FP8 rows pass through the producer's registers."""
+    registers = (200, 112) if problem.prefix.form.dtype == E4M3 else (216, 72)
+    return SparseConfig(producer=jax.__version_info__ < (0, 12), registers=registers)
 
 
 def supports(problem: SparseProblem, device: Device) -> tuple[str, ...]:
@@ -156,9 +161,9 @@ class _Shared(NamedTuple):
     lse: Any  # [64]
     q_there: Any
     there: Any  # [2 * slots]: halves of a slot
-    free: Any  # [2 * slots]: a consumer is done with its half
     p_there: Any  # [2]
     sums_there: Any
+    free: Any = None  # [2 * slots]: a consumer is done with its half. Without a producer nobody asks
 
 
 class _Tile(NamedTuple):
@@ -235,7 +240,7 @@ class _Kernel:
             out_type=results,
             grid=(self.blocks,),
             grid_names=("block",),
-            num_threads=CONSUMERS + 1,
+            num_threads=CONSUMERS + self.config.producer,
             thread_name="warpgroup",
             scratch_types=self._scratch(),
             compiler_params=plgpu.CompilerParams(
@@ -259,9 +264,9 @@ class _Kernel:
             floats(HEADS),
             barrier(CONSUMERS * loaded, 1),
             barrier(1, 2 * SLOTS),
-            barrier(1, 2 * SLOTS),
             barrier(1, CONSUMERS),
             barrier(CONSUMERS, 1),
+            *([barrier(1, 2 * SLOTS)] if self.config.producer else []),
         ]
 
     def _shared(self, given: Iterator[Any]) -> _Shared:
@@ -275,21 +280,24 @@ class _Kernel:
 
             @pl.when(warpgroup == number)
             def consumer(number: int = number) -> None:
-                plgpu.set_max_registers(self.config.registers[0], action="increase")
-                for slot in range(SLOTS):
-                    plgpu.barrier_arrive(smem.free.at[2 * slot + number])
                 own = _Consumer(self, gmem, smem, results, number)
+                if self.config.producer:
+                    plgpu.set_max_registers(self.config.registers[0], action="increase")
+                    for slot in range(SLOTS):
+                        own.release(slot)
                 self._each_tile(gmem, own.attend)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        @pl.when(warpgroup == CONSUMERS)
-        def producer() -> None:
-            plgpu.set_max_registers(self.config.registers[1], action="decrease")
-            own = _Producer(self, gmem, smem)
-            self._each_tile(gmem, own.stream if own.gather.fp8 else own.stream_copies)
-            if self.plain:  # which wants every release to be seen
-                for half in range(2 * SLOTS):
-                    plgpu.barrier_wait(smem.free.at[half])
+        if self.config.producer:
+
+            @pl.when(warpgroup == CONSUMERS)
+            def producer() -> None:
+                plgpu.set_max_registers(self.config.registers[1], action="decrease")
+                own = _Producer(self, gmem, smem)
+                self._each_tile(gmem, own.stream if own.gather.fp8 else own.stream_copies)
+                if self.plain:  # which wants every release to be seen
+                    for half in range(2 * SLOTS):
+                        plgpu.barrier_wait(smem.free.at[half])
 
     def _each_tile(self, gmem: _Operands, work: Callable[[_Tile], None]) -> None:
         @pl.loop(lax.axis_index("block"), self.tiles, step=self.blocks)
@@ -322,9 +330,7 @@ class _Producer:
         if len(self.gmem.pools) == 1:
             end = jnp.where(pool > 0, first, end)
             pool = pool * 0
-        return latent_rows.listed(
-            self.gmem.indices, self.kernel.pool_rows, pool, first, end, self.kernel.plain
-        ), pool
+        return latent_rows.listed(self.gmem.indices, self.kernel.pool_rows, pool, first, end, self.kernel.plain), pool
 
     def stream(self, tile: _Tile) -> None:
         """FP8 rows: those of the next block are on their way to registers while this one's are stored."""
@@ -380,6 +386,51 @@ class _Producer:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Filler:
+    """Without a producer: the half of the columns that a consumer weighs. Its slots are free when it has weighed."""
+
+    producer: _Producer
+    tile: _Tile
+    half: int
+
+    def begin(self) -> Any:
+        """Fills both slots."""
+        numbers, pool = self.producer.numbers(self.tile, 0)
+        rows = self.fill(0, (numbers, *self.producer.numbers(self.tile, 1), self._load(numbers, pool)))
+        self.publish(0)
+        return self.fill(1, rows)
+
+    def fill(self, number: Any, rows: Any) -> Any:
+        """Block ``number`` into its slot, and the next one's rows to registers; bf16 rows are there at ``publish``."""
+        numbers, following, pool, loaded = rows
+        producer, slot = self.producer, lax.rem(number, SLOTS)
+        if self.half == 0:
+            latent_rows.note_valid(numbers, producer.smem.valid.at[slot], producer.kernel.plain)
+        target = producer.smem.rows.at[slot]
+        if producer.gather.fp8:
+            producer.gather.store(*loaded, target, self.half)
+            self._arrive(number)
+        else:
+            producer.gather.copy(numbers, loaded, target, self.half)
+        return following, *producer.numbers(self.tile, number + 2), self._load(following, pool)
+
+    def _load(self, numbers: Any, pool: Any) -> Any:
+        gather = self.producer.gather
+        return (gather.load(numbers, pool, self.half), gather.load_scales(numbers, pool)) if gather.fp8 else pool
+
+    def publish(self, number: Any) -> None:
+        """Called once for each block that has been filled, before the next."""
+        if not self.producer.gather.fp8:
+            self.producer.gather.wait(0)
+            self._arrive(number)
+
+    def _arrive(self, number: Any) -> None:
+        plgpu.commit_smem()
+        barrier = self.producer.smem.there.at[SLOTS * lax.rem(number, SLOTS) + self.half]
+        pl.when(number < self.tile.blocks)(lambda: plgpu.barrier_arrive(barrier))
+
+
+@dataclasses.dataclass(frozen=True)
 class _Consumer:
     """Scores every other block and weighs half of the columns of all."""
 
@@ -395,20 +446,43 @@ class _Consumer:
 
     def attend(self, tile: _Tile) -> None:
         self._load_queries(tile)
+        filler = (
+            None
+            if self.kernel.config.producer
+            else _Filler(_Producer(self.kernel, self.gmem, self.smem), tile, self.number)
+        )
+        rows = filler.begin() if filler else None
         scale = self.gmem.scale[tile.instance]
         zeros = plgpu.layout_cast(jnp.zeros((HEADS, HALF), jnp.float32), hopper.ACCUMULATOR)
         state = _Softmax(zeros, full_row(-jnp.inf, HEADS), hopper.no_sum(HEADS))
         plgpu.barrier_wait(self.smem.q_there.at[0])
-        step = lambda turn, state: self._step(scale, turn * CONSUMERS + self.number, state)
+
+        def step(turn: Any, carry: tuple[_Softmax, Any]) -> tuple[_Softmax, Any]:
+            """An own block, and the one before."""
+            state, rows = carry
+            number = turn * CONSUMERS + self.number
+            pending, state = self._start_other(state)
+            if filler:
+                filler.publish(number)
+            scores = self._start_scores()
+            state = self._end(pending, self.other, state, younger=1)
+            rows = filler.fill(number + 1, rows) if filler else None
+            return own(number, self._settled(scores), state, rows)
+
+        def own(number: Any, scores: Any, state: _Softmax, rows: Any) -> tuple[_Softmax, Any]:
+            if filler:
+                filler.publish(number + 1)
+            state = self._weigh_own(self._publish(scale, scores, state))
+            return state, filler.fill(number + 2, rows) if filler else None
+
         turns = lax.div(tile.blocks - self.number + 1, CONSUMERS)  # of own blocks
         if self.number == 0:
-            state = self._weigh_own(self._publish(scale, self._score(), state))
-            state = lax.fori_loop(1, turns, step, state)
+            carry = own(0, self._settled(self._start_scores()), state, rows)
+            state, _ = lax.fori_loop(1, turns, step, carry)
         else:
-            state = lax.fori_loop(0, turns, step, state)
+            state, _ = lax.fori_loop(0, turns, step, (state, rows))
         last = lax.rem(tile.blocks, CONSUMERS) == self.number
-        state = lax.cond(last, self._weigh_other, lambda state: state, state)
-        self._finish(tile, state)
+        self._finish(tile, lax.cond(last, self._weigh_other, lambda state: state, state))
 
     def _load_queries(self, tile: _Tile) -> None:
         """This consumer's half of the columns."""
@@ -428,16 +502,6 @@ class _Consumer:
         for part in range(TILES * self.number, TILES * (self.number + 1)):
             source = self.gmem.q.nope.at[tile.token, pl.ds(first, HEADS), pl.ds(64 * part, 64)]
             plgpu.copy_gmem_to_smem(source, smem.q[0].at[part], smem.q_there.at[0])
-
-    def _step(self, scale: Any, number: Any, state: _Softmax) -> _Softmax:
-        """Block ``number``, an own one, and the one before."""
-        pending, state = self._start_other(state)
-        scores = self._start_scores()
-        state = self._end_other(pending, state, younger=1)
-        return self._weigh_own(self._publish(scale, self._settled(scores), state))
-
-    def _score(self) -> Any:
-        return self._settled(self._start_scores())
 
     def _start_scores(self) -> Any:
         """[64, 64] of the rows in this consumer's slot."""
@@ -476,7 +540,7 @@ class _Consumer:
 
     def _weigh_other(self, state: _Softmax) -> _Softmax:
         pending, state = self._start_other(state)
-        return self._end_other(pending, state)
+        return self._end(pending, self.other, state)
 
     def _start_other(self, state: _Softmax) -> tuple[Any, _Softmax]:
         """The other consumer's latest block."""
@@ -487,13 +551,14 @@ class _Consumer:
         pending = self._start_values(other, self._shrunk(state.out, shrink))
         return pending, _Softmax(None, row(smem.top), state.total * spread(shrink, state.total))
 
-    def _end_other(self, pending: Any, state: _Softmax, younger: int = 0) -> _Softmax:
-        return self._end(pending, self.other, state, younger)
-
     def _end(self, pending: Any, slot: int, state: _Softmax, younger: int = 0) -> _Softmax:
         out = self._settled(pending, younger)
-        plgpu.barrier_arrive(self.smem.free.at[2 * slot + self.number])
+        if self.kernel.config.producer:
+            self.release(slot)
         return state._replace(out=out)
+
+    def release(self, slot: int) -> None:
+        plgpu.barrier_arrive(self.smem.free.at[2 * slot + self.number])
 
     def _start_values(self, slot: int, out: Any) -> Any:
         """``out`` and what the block in a slot adds to it."""

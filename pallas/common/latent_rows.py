@@ -11,11 +11,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
@@ -96,9 +94,7 @@ class Gather:
         for n in range(self.held_scales):
             inside = arith.cmpi(arith.CmpIPredicate.ult, lane, _word(self.scales - 4 * n))
             there = arith.andi(_is_row(number), inside)
-            text = (
-                f"{{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.nc.{kind} $0, [$1 + {4 * n * size}]; }}"
-            )
+            text = f"{{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.nc.{kind} $0, [$1 + {4 * n * size}]; }}"
             given = [first, arith.extui(_i32(), there)]
             held.append(_vector([llvm.inline_asm(_i32(), given, text, "=&r,l,r", has_side_effects=True)]))
         return held
@@ -123,7 +119,9 @@ class Gather:
                     number = TILES * half + tile
                     codes = _dequantised(mine[tile], self._factor(factors, number))
                     place = arith.addi(own, _word(number * TILE + n * PART))
-                    _store_pieces(place, row, [arith.addi(arith.muli(_lane_of_row(), _word(2)), _word(k)) for k in (0, 1)], codes)
+                    _store_pieces(
+                        place, row, [arith.addi(arith.muli(_lane_of_row(), _word(2)), _word(k)) for k in (0, 1)], codes
+                    )
                 if half == 1:
                     place = arith.addi(own, _word(7 * TILE + n * PART))
                     _store_pieces(place, row, [_piece(row, k) for k in (0, 1)], mine[TILES - 1 :])
@@ -184,22 +182,16 @@ class Gather:
         emit()
 
     def _plain(self, numbers: Any, pool: Any, half: int) -> Any:
-        """bf16 [64, 256], row by row: no row is read that has no number."""
-        columns = slice(HALF * half, HALF * (half + 1))
+        """bf16 [64, 256]."""
 
-        def read(one: Pool, number: Any) -> Any:
-            if not self.fp8:
-                return one.nope[number]
-            latent = Fp8Latent(*(x[number] for x in one))
-            return dequantize_latent(latent, jnp.bfloat16)
+        def taken(one: Pool) -> Any:
+            rows = [jnp.take(x[...], numbers, axis=0, mode="clip") for x in one if x is not None]
+            return dequantize_latent(Fp8Latent(*rows), jnp.bfloat16) if self.fp8 else rows[0]
 
-        def row(n: Any, rows: Any) -> Any:
-            none = lambda number: jnp.zeros((2 * HALF,), jnp.bfloat16)
-            branch = jnp.where(numbers[n] < 0, 0, 1 + pool)
-            read_from = [lambda number, one=one: read(one, number) for one in self.pools]
-            return rows.at[n].set(lax.switch(branch, [none, *read_from], numbers[n])[columns])
-
-        return lax.fori_loop(0, ROWS, row, jnp.zeros((ROWS, HALF), jnp.bfloat16))
+        rows = taken(self.pools[0])
+        if len(self.pools) > 1:
+            rows = jnp.where(pool > 0, taken(self.pools[1]), rows)
+        return jnp.where(numbers[:, None] < 0, 0, rows)[:, HALF * half : HALF * (half + 1)]
 
 
 def _per_row(emit: Any, layout: Any, numbers: Any, pool: Any, refs: list[Any]) -> Any:
@@ -213,21 +205,14 @@ def _per_row(emit: Any, layout: Any, numbers: Any, pool: Any, refs: list[Any]) -
     return emitted(numbers, pool, *refs)
 
 
-def listed(
-    indices: tuple[Any, ...], rows: tuple[int, ...], pool: Any, first: Any, end: Any, interpreted: bool
-) -> Any:
+def listed(indices: tuple[Any, ...], rows: tuple[int, ...], pool: Any, first: Any, end: Any, interpreted: bool) -> Any:
     """Numbers of the rows in entries ``first`` to ``first + 63`` of a pool's list, -1 for entries from ``end`` on and
     for indices that are no row of the pool."""
     if interpreted:
-
-        def entry(n: Any, found: Any) -> Any:
-            none = lambda place: jnp.int32(-1)
-            branch = jnp.where(first + n < end, 1 + pool, 0)
-            index = lax.switch(branch, [none, *[lambda place, x=x: x[place] for x in indices]], first + n)
-            inside = (index >= 0) & (index < jnp.asarray(rows, jnp.int32)[pool])
-            return found.at[n].set(jnp.where(inside, index, -1))
-
-        return lax.fori_loop(0, ROWS, entry, jnp.zeros((ROWS,), jnp.int32))
+        place = first + jnp.arange(ROWS, dtype=jnp.int32)
+        own = [(jnp.take(x[...], place, mode="clip"), count) for x, count in zip(indices, rows, strict=True)]
+        index, count = (jnp.where(pool > 0, *pair) for pair in zip(own[-1], own[0], strict=True))
+        return jnp.where((place < end) & (index >= 0) & (index < count), index, -1)
 
     @plgpu.inline_mgpu(arg_types=(SCALAR,) * 3 + (plgpu.RefType(),) * len(indices), return_type=_NUMBERS)
     def emit(_: Any, pool: Any, first: Any, end: Any, *refs: Any) -> Any:
@@ -384,9 +369,7 @@ def _load_words(pointer: Any, offset: int, there: Any) -> Any:
         f"@p ld.global.nc.L1::no_allocate.L2::256B.v4.b32 {{$0,$1,$2,$3}}, [$4 + {offset}]; }}"
     )
     kind = llvm.StructType.get_literal([_i32()] * 4)
-    words = llvm.inline_asm(
-        kind, [pointer, there], text, "=&r,=&r,=&r,=&r,l,r", asm_dialect=0, has_side_effects=True
-    )
+    words = llvm.inline_asm(kind, [pointer, there], text, "=&r,=&r,=&r,=&r,l,r", asm_dialect=0, has_side_effects=True)
     return _vector([llvm.extractvalue(_i32(), words, [n]) for n in range(4)])
 
 
