@@ -1,9 +1,9 @@
 """``sparse_prefill`` on Hopper: 64 heads of a token against its rows, in blocks of 64, two consumers and a producer.
 
-The producer gathers the rows of a block by their numbers, FP8 rows through registers, a block ahead, and writes them as
-bf16 into one of two slots of shared memory: what a consumer scores is what both weigh. A consumer has every other block:
-it scores the block's rows and publishes their probabilities. Each consumer multiplies all probabilities with its half of
-the 512 columns. A running maximum is kept while scores stay below 2^8 times it, so that sums are seldom rescaled.
+The producer gathers the rows of a block by their numbers, FP8 rows through registers and a block ahead, and writes them
+as bf16 into one of two slots of shared memory: what a consumer scores is what both weigh. A consumer has every other
+block: it scores the block's rows and publishes their probabilities. Each consumer multiplies all probabilities with its
+half of the 512 columns. The maximum in use stays while no probability exceeds 2^8, so that sums are seldom rescaled.
 
 Both pools go into one softmax: first the blocks of the prefix, then those of the extend rows. A block of threads works
 off several tiles, a tile being a token and 64 heads.
@@ -28,7 +28,7 @@ from jax_fp8attn.pallas.common.latent_rows import HALF, ROWS, TILES, Gather, Poo
 
 from jax_fp8attn.dispatch import Device
 from jax_fp8attn.latent import Fp8Latent
-from jax_fp8attn.problems import RowForm, SparseArrays, SparseProblem
+from jax_fp8attn.problems import SparseArrays, SparseProblem
 from jax_fp8attn.quantize import E4M3
 
 LOG2E, LN2 = math.log2(math.e), math.log(2.0)
@@ -49,7 +49,7 @@ class SparseConfig:
     """
 
     producer: bool = True
-    registers: tuple[int, int] = (200, 112)
+    registers: tuple[int, int] = (192, 128)
     blocks: int = configs.MULTIPROCESSORS
 
     def __post_init__(self) -> None:
@@ -67,7 +67,7 @@ class SparseConfig:
 def default_config(problem: SparseProblem) -> SparseConfig:
     """A producer of its own where the assembler keeps setmaxnreg: jax 0.12 assembles through nvJitLink, which drops
     it. FP8 rows pass through the producer's registers."""
-    registers = (200, 112) if problem.prefix.form.dtype == E4M3 else (216, 72)
+    registers = (192, 128) if problem.prefix.form.dtype == E4M3 else (216, 72)
     return SparseConfig(producer=jax.__version_info__ < (0, 12), registers=registers)
 
 
@@ -122,15 +122,17 @@ def _operands(problem: SparseProblem, arrays: SparseArrays) -> _Operands:
     groups = _groups(problem)
     sink = jnp.full((problem.instances, problem.heads), -jnp.inf) if arrays.sink is None else arrays.sink * LOG2E
     sink = jnp.pad(sink, ((0, 0), (0, groups * HEADS - problem.heads)), constant_values=-jnp.inf)
-    q = arrays.q
-    if isinstance(q, Fp8Latent):
-        q = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), q)
-    else:
-        q = q.astype(BF16)
+    rows, indices = (tuple(_some(x) for x in given) for given in zip(*(pool[:2] for pool in pools), strict=True))
     return _Operands(
-        _pool(q), tuple(_pool(_some(pool.rows)) for pool in pools), tuple(_some(pool.indices) for pool in pools),
+        _queries(arrays.q), tuple(map(_pool, rows)), indices,
         jnp.stack(bounds, axis=1), arrays.softmax_scale * LOG2E, sink.reshape(problem.instances, groups, HEADS),
     )  # fmt: skip
+
+
+def _queries(q: Any) -> Pool:
+    if isinstance(q, Fp8Latent):
+        return _pool(jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), q))
+    return _pool(q.astype(BF16))
 
 
 def _some(rows: Any) -> Any:
@@ -546,10 +548,9 @@ class _Consumer:
         """The other consumer's latest block."""
         smem, other = self.smem, self.other
         plgpu.barrier_wait(smem.p_there.at[other])
-        row = lambda ref: plgpu.load(ref.at[other], layout=hopper.ROW, optimized=False)
-        shrink = row(smem.shrink)
+        shrink = self.row(smem.shrink.at[other])
         pending = self._start_values(other, self._shrunk(state.out, shrink))
-        return pending, _Softmax(None, row(smem.top), state.total * spread(shrink, state.total))
+        return pending, _Softmax(None, self.row(smem.top.at[other]), state.total * spread(shrink, state.total))
 
     def _end(self, pending: Any, slot: int, state: _Softmax, younger: int = 0) -> _Softmax:
         out = self._settled(pending, younger)
@@ -577,6 +578,14 @@ class _Consumer:
     def _shrunk(self, out: Any, shrink: Any) -> Any:
         return out * spread(shrink, out) if self.kernel.plain else hopper.shrunk(out, shrink)
 
+    @staticmethod
+    def row(ref: Any) -> Any:
+        """A number a head."""
+        return plgpu.load(ref, layout=hopper.ROW, optimized=False)
+
+    def _total(self) -> Any:
+        return self.row(self.smem.sums.at[0]) + self.row(self.smem.sums.at[1])
+
     def _finish(self, tile: _Tile, state: _Softmax) -> None:
         """Adds up the sums of both consumers, divides and stores."""
         smem, me = self.smem, self.number
@@ -584,13 +593,12 @@ class _Consumer:
         plgpu.commit_smem()
         plgpu.barrier_arrive(smem.sums_there.at[0])
         plgpu.barrier_wait(smem.sums_there.at[0])
-        row = lambda ref: plgpu.load(ref, layout=hopper.ROW, optimized=False)
-        total = row(smem.sums.at[0]) + row(smem.sums.at[1])
+        total = self._total()
         nothing = total == 0.0
         anchor = jnp.where(nothing, 0.0, state.top)
         divisor = jnp.where(nothing, 1.0, total)
         if self.kernel.problem.has_sink:
-            divisor = divisor + jnp.exp2(row(self.gmem.sink.at[tile.instance, tile.group]) - anchor)
+            divisor = divisor + jnp.exp2(self.row(self.gmem.sink.at[tile.instance, tile.group]) - anchor)
         weight = jnp.where(nothing, 0.0, 1.0 / divisor)
         value = state.out * spread(weight, state.out)
         if self.kernel.problem.return_lse and me == 0:

@@ -136,8 +136,9 @@ def start(shape: tuple[int, int], pairs: Sequence[tuple[Any, Any, int]], onto: A
     instructions at the end are a group of their own.
 
     Each pair: a [64, k] in shared memory or in registers, b [n, k] in shared memory, and the bytes of their swizzle; of
-    bf16 b may also stand by columns, as [n / 64, k, 64], or a and b both as [k / 64, rows, 64]. ``onto``: float32 sums that the products are added to. Without
-    them the first product overwrites: plgpu.wgmma adds to zeros, which the assembler now and then writes one by one.
+    bf16 b may also stand by columns, as [n / 64, k, 64], or a and b both as [k / 64, rows, 64]. ``onto``: float32 sums
+    that the products are added to. Without them the first product overwrites: plgpu.wgmma adds to zeros, which the
+    assembler now and then writes one by one.
     """
     in_registers = [not hasattr(a, "transforms") for a, _, _ in pairs]
     types, operands = [], []
@@ -226,10 +227,8 @@ def shrunk(sums: Any, factor: Any) -> Any:
         first = 2 * count  # of the factors' names
         # registers of a pair of columns belong to the two rows of a thread in turns
         products = "".join(f"mul.f32 ${n}, ${n}, ${first + n // 2 % 2}; " for n in range(count))
-        text = (
-            f"{{ .reg .pred p, q; setp.neu.f32 p, ${first}, 0f3F800000; setp.neu.or.f32 p, ${first + 1}, 0f3F800000, p; "
-            f"vote.sync.any.pred q, p, 0xffffffff; @!q bra SAME; {products}SAME: }}"
-        )
+        differ = f"setp.neu.f32 p, ${first}, 0f3F800000; setp.neu.or.f32 p, ${first + 1}, 0f3F800000, p; "
+        text = f"{{ .reg .pred p, q; {differ}vote.sync.any.pred q, p, 0xffffffff; @!q bra SAME; {products}SAME: }}"
         constraints = ["=f"] * count + [str(n) for n in range(count)] + ["f"] * 2
         result = llvm.inline_asm(
             llvm.StructType.get_literal([f32] * count), [*given, *factors], text, ",".join(constraints), asm_dialect=0,

@@ -94,9 +94,7 @@ class Gather:
         for n in range(self.held_scales):
             inside = arith.cmpi(arith.CmpIPredicate.ult, lane, _word(self.scales - 4 * n))
             there = arith.andi(_is_row(number), inside)
-            text = f"{{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.nc.{kind} $0, [$1 + {4 * n * size}]; }}"
-            given = [first, arith.extui(_i32(), there)]
-            held.append(_vector([llvm.inline_asm(_i32(), given, text, "=&r,l,r", has_side_effects=True)]))
+            held.append(_vector([_load_word(first, 4 * n * size, there, kind, 0)]))
         return held
 
     def store(self, loaded: Any, scales: Any, target: Any, half: int) -> None:
@@ -164,8 +162,7 @@ class Gather:
                     source = _offset(pointer, number, 1024, arith.muli(piece, _word(16)))
                     place = arith.addi(own, arith.muli(_swizzled(piece, row), _word(16)))
                     for tile in range(TILES * half, TILES * (half + 1)):
-                        text = f"cp.async.cg.shared.global.L2::256B [$0 + {tile * TILE + n * PART}], [$1 + {128 * tile}], 16, $2;"
-                        _side_effect(text, [place, source, size], "r,l,r,~{memory}")
+                        _copy_piece(place, tile * TILE + n * PART, source, 128 * tile, size)
             nvvm.cp_async_commit_group()
 
         emit(numbers, pool, target, *refs)
@@ -223,10 +220,8 @@ def listed(indices: tuple[Any, ...], rows: tuple[int, ...], pool: Any, first: An
         numbers = []
         for n in range(OWN):
             place = arith.addi(first, arith.addi(_row(), _word(ROWS // 2 * n)))
-            there = arith.extui(_i32(), arith.cmpi(arith.CmpIPredicate.slt, place, end))
-            text = "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, -1; @p ld.global.nc.b32 $0, [$1]; }"
-            given = [_offset(pointer, place, 4, _word(0)), there]
-            index = llvm.inline_asm(_i32(), given, text, "=&r,l,r", has_side_effects=True)
+            there = arith.cmpi(arith.CmpIPredicate.slt, place, end)
+            index = _load_word(_offset(pointer, place, 4, _word(0)), 0, there, "b32", -1)
             inside = arith.cmpi(arith.CmpIPredicate.ult, index, count)
             numbers.append(_vector([arith.select(inside, index, _word(-1))]))
         return _array(numbers, NUMBERS)
@@ -263,8 +258,7 @@ def note_valid(numbers: Any, target: Any, interpreted: bool) -> None:
         base = llvm.ptrtoint(_i32(), utils.memref_ptr(target))
         place = arith.addi(base, arith.muli(_row(), _word(4)))
         for n, register in enumerate(numbers.registers.flat):
-            there = arith.extui(_i32(), _is_row(_element(register)))
-            _side_effect(f"st.shared.b32 [$0 + {128 * n}], $1;", [place, there], "r,r,~{memory}")
+            _store_word(place, 128 * n, arith.extui(_i32(), _is_row(_element(register))))
 
     emit(numbers, target)
 
@@ -352,7 +346,7 @@ def _offset(pointer: Any, number: Any, width: int, more: Any) -> Any:
 
 
 def _load_half(nope: Any, rope: Any, number: Any, half: int) -> list[Any]:
-    there, lane = arith.extui(_i32(), _is_row(number)), arith.muli(_lane_of_row(), _word(16))
+    there, lane = _is_row(number), arith.muli(_lane_of_row(), _word(16))
     codes = _offset(nope, number, NOPE, lane)
     loaded = [_load_words(codes, 64 * tile, there) for tile in range(TILES * half, NOPE // 64 if half else TILES)]
     if half:
@@ -362,6 +356,13 @@ def _load_half(nope: Any, rope: Any, number: Any, half: int) -> list[Any]:
     return loaded
 
 
+def _load_word(pointer: Any, offset: int, there: Any, kind: str, other: int) -> Any:
+    """A ``kind`` of global memory, or ``other``."""
+    text = f"{{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, {other}; @p ld.global.nc.{kind} $0, [$1 + {offset}]; }}"
+    given = [pointer, arith.extui(_i32(), there)]
+    return llvm.inline_asm(_i32(), given, text, "=&r,l,r", asm_dialect=0, has_side_effects=True)
+
+
 def _load_words(pointer: Any, offset: int, there: Any) -> Any:
     """Four of global memory, or zeros."""
     text = (
@@ -369,8 +370,23 @@ def _load_words(pointer: Any, offset: int, there: Any) -> Any:
         f"@p ld.global.nc.L1::no_allocate.L2::256B.v4.b32 {{$0,$1,$2,$3}}, [$4 + {offset}]; }}"
     )
     kind = llvm.StructType.get_literal([_i32()] * 4)
-    words = llvm.inline_asm(kind, [pointer, there], text, "=&r,=&r,=&r,=&r,l,r", asm_dialect=0, has_side_effects=True)
+    given = [pointer, arith.extui(_i32(), there)]
+    words = llvm.inline_asm(kind, given, text, "=&r,=&r,=&r,=&r,l,r", asm_dialect=0, has_side_effects=True)
     return _vector([llvm.extractvalue(_i32(), words, [n]) for n in range(4)])
+
+
+def _copy_piece(place: Any, offset: int, pointer: Any, source: int, size: Any) -> None:
+    """16 bytes on their way to shared memory, or with ``size`` 0 zeros."""
+    text = f"cp.async.cg.shared.global.L2::256B [$0 + {offset}], [$1 + {source}], 16, $2;"
+    _side_effect(text, [place, pointer, size], "r,l,r,~{memory}")
+
+
+def _store_word(address: Any, offset: int, word: Any) -> None:
+    _side_effect(f"st.shared.b32 [$0 + {offset}], $1;", [address, word], "r,r,~{memory}")
+
+
+def _store_words(address: Any, words: Any) -> None:
+    _side_effect("st.shared.v4.b32 [$0], {$1,$2,$3,$4};", [address, *_words(words)], "r,r,r,r,r,~{memory}")
 
 
 def _from_lane(x: Any, lane: Any) -> Any:
@@ -397,7 +413,7 @@ def _dequantised(codes: Any, factor: Any) -> list[Any]:
 def _store_pieces(place: Any, row: Any, pieces: list[Any], values: list[Any]) -> None:
     for piece, value in zip(pieces, values, strict=True):
         address = arith.addi(place, arith.muli(_swizzled(piece, row), _word(16)))
-        _side_effect("st.shared.v4.b32 [$0], {$1,$2,$3,$4};", [address, *_words(value)], "r,r,r,r,r,~{memory}")
+        _store_words(address, value)
 
 
 def _side_effect(text: str, given: list[Any], constraints: str) -> None:
