@@ -46,11 +46,13 @@ class SparseConfig:
     producer   a warpgroup of its own gathers the rows; else each consumer does for the columns that it weighs
     registers  of a consumer's and of the producer's thread; without a producer consumers have what the compiler gives
     blocks     that work off all tiles one after the other, the next tile's rows loaded ahead; 0: a block a tile
+    halves     the producer stores, publishes and loads again FP8 rows by halves of their columns; else whole rows
     """
 
     producer: bool = True
     registers: tuple[int, int] = (192, 128)
     blocks: int = configs.MULTIPROCESSORS
+    halves: bool = True
 
     def __post_init__(self) -> None:
         consumer, producer = self.registers
@@ -336,7 +338,7 @@ class _Producer:
 
     def stream(self, tile: _Tile) -> None:
         """FP8 rows: those of the next block are on their way to registers while this one's are stored."""
-        gather, smem = self.gather, self.smem
+        gather, smem, halves = self.gather, self.smem, self.kernel.config.halves
         numbers, pool = self.numbers(tile, 0)
         first, second = (gather.load(numbers, pool, half) for half in range(2))
         scales = gather.load_scales(numbers, pool)
@@ -345,15 +347,20 @@ class _Producer:
         def block(number: Any, carry: Any) -> Any:
             numbers, following, pool, first, second, scales = carry
             slot = lax.rem(number, SLOTS)
+            target = smem.rows.at[slot]
+            after, after_pool = self.numbers(tile, number + 2)
             self._wait(slot, 0)
             latent_rows.note_valid(numbers, smem.valid.at[slot], self.kernel.plain)
-            gather.store(first, scales, smem.rows.at[slot], 0)
-            self._publish(slot, 0)
-            first = gather.load(following, pool, 0)
-            after, after_pool = self.numbers(tile, number + 2)
+            gather.store(first, scales, target, 0)
+            if halves:
+                self._publish(slot, 0)
+                first = gather.load(following, pool, 0)
             self._wait(slot, 1)
-            gather.store(second, scales, smem.rows.at[slot], 1)
+            gather.store(second, scales, target, 1)
             self._publish(slot, 1)
+            if not halves:
+                plgpu.barrier_arrive(smem.there.at[2 * slot])
+                first = gather.load(following, pool, 0)
             second, scales = gather.load(following, pool, 1), gather.load_scales(following, pool)
             return following, after, after_pool, first, second, scales
 
@@ -405,6 +412,7 @@ class _Filler:
     def fill(self, number: Any, rows: Any) -> Any:
         """Block ``number`` into its slot, and the next one's rows to registers; bf16 rows are there at ``publish``."""
         numbers, following, pool, loaded = rows
+        after = self.producer.numbers(self.tile, number + 2)
         producer, slot = self.producer, lax.rem(number, SLOTS)
         if self.half == 0:
             latent_rows.note_valid(numbers, producer.smem.valid.at[slot], producer.kernel.plain)
@@ -414,7 +422,7 @@ class _Filler:
             self._arrive(number)
         else:
             producer.gather.copy(numbers, loaded, target, self.half)
-        return following, *producer.numbers(self.tile, number + 2), self._load(following, pool)
+        return following, *after, self._load(following, pool)
 
     def _load(self, numbers: Any, pool: Any) -> Any:
         gather = self.producer.gather

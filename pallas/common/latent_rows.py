@@ -358,16 +358,16 @@ def _load_half(nope: Any, rope: Any, number: Any, half: int) -> list[Any]:
 
 def _load_word(pointer: Any, offset: int, there: Any, kind: str, other: int) -> Any:
     """A ``kind`` of global memory, or ``other``."""
-    text = f"{{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, {other}; @p ld.global.nc.{kind} $0, [$1 + {offset}]; }}"
+    text = f"{{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, {other}; @p ld.global.{kind} $0, [$1 + {offset}]; }}"
     given = [pointer, arith.extui(_i32(), there)]
     return llvm.inline_asm(_i32(), given, text, "=&r,l,r", asm_dialect=0, has_side_effects=True)
 
 
 def _load_words(pointer: Any, offset: int, there: Any) -> Any:
-    """Four of global memory, or zeros."""
+    """Four of global memory, or zeros. Loads with ``nc`` would be moved before fences, which may wait for them."""
     text = (
         "{ .reg .pred p; setp.ne.b32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
-        f"@p ld.global.nc.L1::no_allocate.L2::256B.v4.b32 {{$0,$1,$2,$3}}, [$4 + {offset}]; }}"
+        f"@p ld.global.L1::no_allocate.L2::256B.v4.b32 {{$0,$1,$2,$3}}, [$4 + {offset}]; }}"
     )
     kind = llvm.StructType.get_literal([_i32()] * 4)
     given = [pointer, arith.extui(_i32(), there)]
