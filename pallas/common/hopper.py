@@ -267,13 +267,18 @@ def end_of_block(number: int = 1) -> None:
 
     @plgpu.inline_mgpu()
     def emit(_: Any) -> None:
-        text = (
-            f"{{ .reg .pred p; .reg .b32 r; mov.u32 r, %ctaid.y; setp.ne.u32 p, r, {0x7FFF0000 + number:#x}; "
-            "@p bra ON; HERE: nanosleep.u32 1000; bra HERE; ON: }"
-        )
-        utils.inline_ptx(text, has_side_effects=True)
+        emit_end_of_block(number)
 
     emit()
+
+
+def emit_end_of_block(number: int = 1) -> None:
+    """Inside ``inline_mgpu``."""
+    text = (
+        f"{{ .reg .pred p; .reg .b32 r; mov.u32 r, %ctaid.y; setp.ne.u32 p, r, {0x7FFF0000 + number:#x}; "
+        "@p bra ON; HERE: nanosleep.u32 1000; bra HERE; ON: }"
+    )
+    utils.inline_ptx(text, has_side_effects=True)
 
 
 def clear_nonfinite(values: Any, record: Any, first_key: Any, first_column: Any) -> None:

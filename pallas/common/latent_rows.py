@@ -15,6 +15,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic.gpu import fragmented_array, utils
+from jax_fp8attn.pallas.common import hopper
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 
@@ -111,6 +112,8 @@ class Gather:
             row, base = _row(), llvm.ptrtoint(_i32(), utils.memref_ptr(target))
             own = arith.addi(base, arith.muli(row, _word(128)))
             for n in range(OWN):
+                if n:
+                    hopper.emit_end_of_block(2 * half + n)  # or more of them would be under way than registers hold
                 mine = words[n * count // OWN : (n + 1) * count // OWN]
                 factors = bits[n * self.held_scales : (n + 1) * self.held_scales]
                 for tile in range(TILES - (half == 1)):
@@ -405,7 +408,14 @@ def _dequantised(codes: Any, factor: Any) -> list[Any]:
             "mul.f32 e, e, s; mul.f32 f, f, s; mul.f32 g, g, s; mul.f32 i, i, s; "
             "cvt.rn.bf16x2.f32 $0, f, e; cvt.rn.bf16x2.f32 $1, i, g; }"
         )
-        pair = llvm.inline_asm(llvm.StructType.get_literal([_i32()] * 2), [word, factor], text, "=r,=r,r,r")
+        pair = llvm.inline_asm(
+            llvm.StructType.get_literal([_i32()] * 2),
+            [word, factor],
+            text,
+            "=r,=r,r,r",
+            asm_dialect=0,
+            has_side_effects=True,
+        )
         words += [llvm.extractvalue(_i32(), pair, [n]) for n in (0, 1)]
     return [_vector(words[:4]), _vector(words[4:])]
 
