@@ -173,6 +173,7 @@ class _Shared(NamedTuple):
 class _Tile(NamedTuple):
     """The scalars of a tile."""
 
+    number: Any
     token: Any
     group: Any
     instance: Any
@@ -313,7 +314,7 @@ class _Kernel:
         starts, ends = (tuple(gmem.lists[token, n + k] for k in (0, 2)) for n in (0, 1))
         counts = [lax.div(end - start + (ROWS - 1), ROWS) for start, end in zip(starts, ends, strict=True)]
         instance = lax.div(token, self.problem.tokens // self.problem.instances)
-        return _Tile(token, group, instance, starts, ends, counts[0], jnp.maximum(counts[0] + counts[1], 1))
+        return _Tile(number, token, group, instance, starts, ends, counts[0], jnp.maximum(counts[0] + counts[1], 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -394,6 +395,16 @@ class _Producer:
         plgpu.barrier_arrive(self.smem.there.at[2 * slot + half])
 
 
+class _Rows(NamedTuple):
+    """Of the block that is filled next, and of the one behind it."""
+
+    numbers: Any
+    pool: Any
+    following: Any
+    following_pool: Any
+    loaded: Any  # in registers; None where there are none
+
+
 @dataclasses.dataclass(frozen=True)
 class _Filler:
     """Without a producer: the half of the columns that a consumer weighs. Its slots are free when it has weighed."""
@@ -402,31 +413,36 @@ class _Filler:
     tile: _Tile
     half: int
 
-    def begin(self) -> Any:
+    def begin(self) -> _Rows:
         """Fills both slots."""
-        numbers, pool = self.producer.numbers(self.tile, 0)
-        rows = self.fill(0, (numbers, *self.producer.numbers(self.tile, 1), self._load(numbers, pool)))
+        rows = self.load(_Rows(*self.producer.numbers(self.tile, 0), *self.producer.numbers(self.tile, 1), None))
+        rows = self.fill(0, rows)
         self.publish(0)
-        return self.fill(1, rows)
+        return self.fill(1, self.load(rows))
 
-    def fill(self, number: Any, rows: Any) -> Any:
-        """Block ``number`` into its slot, and the next one's rows to registers; bf16 rows are there at ``publish``."""
-        numbers, following, pool, loaded = rows
-        after = self.producer.numbers(self.tile, number + 2)
+    def load(self, rows: _Rows) -> _Rows:
+        """FP8 rows to registers."""
+        gather = self.producer.gather
+        if not gather.fp8:
+            return rows
+        given = rows.numbers, rows.pool
+        return rows._replace(loaded=(gather.load(*given, self.half), gather.load_scales(*given)))
+
+    def fill(self, number: Any, rows: _Rows) -> _Rows:
+        """Block ``number`` into its slot; bf16 rows are there at ``publish``. Returns the next one's, to be loaded."""
+        # read again: the scalars of a tile would take registers through the loop
+        tile = self.producer.kernel._tile(self.producer.gmem, self.tile.number)
+        after = self.producer.numbers(tile, number + 2)
         producer, slot = self.producer, lax.rem(number, SLOTS)
         if self.half == 0:
-            latent_rows.note_valid(numbers, producer.smem.valid.at[slot], producer.kernel.plain)
+            latent_rows.note_valid(rows.numbers, producer.smem.valid.at[slot], producer.kernel.plain)
         target = producer.smem.rows.at[slot]
         if producer.gather.fp8:
-            producer.gather.store(*loaded, target, self.half)
+            producer.gather.store(*rows.loaded, target, self.half)
             self._arrive(number)
         else:
-            producer.gather.copy(numbers, loaded, target, self.half)
-        return following, *after, self._load(following, pool)
-
-    def _load(self, numbers: Any, pool: Any) -> Any:
-        gather = self.producer.gather
-        return (gather.load(numbers, pool, self.half), gather.load_scales(numbers, pool)) if gather.fp8 else pool
+            producer.gather.copy(rows.numbers, rows.pool, target, self.half)
+        return _Rows(rows.following, rows.following_pool, *after, None)
 
     def publish(self, number: Any) -> None:
         """Called once for each block that has been filled, before the next."""
@@ -456,12 +472,10 @@ class _Consumer:
 
     def attend(self, tile: _Tile) -> None:
         self._load_queries(tile)
-        filler = (
-            None
-            if self.kernel.config.producer
-            else _Filler(_Producer(self.kernel, self.gmem, self.smem), tile, self.number)
-        )
-        rows = filler.begin() if filler else None
+        filler = rows = None
+        if not self.kernel.config.producer:
+            filler = _Filler(_Producer(self.kernel, self.gmem, self.smem), tile, self.number)
+            rows = filler.begin()
         scale = self.gmem.scale[tile.instance]
         zeros = plgpu.layout_cast(jnp.zeros((HEADS, HALF), jnp.float32), hopper.ACCUMULATOR)
         state = _Softmax(zeros, full_row(-jnp.inf, HEADS), hopper.no_sum(HEADS))
@@ -482,16 +496,20 @@ class _Consumer:
         def own(number: Any, scores: Any, state: _Softmax, rows: Any) -> tuple[_Softmax, Any]:
             if filler:
                 filler.publish(number + 1)
-            state = self._weigh_own(self._publish(scale, scores, state))
-            return state, filler.fill(number + 2, rows) if filler else None
+            state = self._publish(scale, scores, state)
+            pending = self._start_values(self.number, state.out)
+            rows = filler.load(rows) if filler else None  # scores have left their registers
+            state = self._end(pending, self.number, state)
+            return state, filler.load(filler.fill(number + 2, rows)) if filler else None
 
         turns = lax.div(tile.blocks - self.number + 1, CONSUMERS)  # of own blocks
         if self.number == 0:
             carry = own(0, self._settled(self._start_scores()), state, rows)
             state, _ = lax.fori_loop(1, turns, step, carry)
         else:
-            state, _ = lax.fori_loop(0, turns, step, (state, rows))
+            state, _ = lax.fori_loop(0, turns, step, (state, filler.load(rows) if filler else None))
         last = lax.rem(tile.blocks, CONSUMERS) == self.number
+        tile = self.kernel._tile(self.gmem, tile.number)
         self._finish(tile, lax.cond(last, self._weigh_other, lambda state: state, state))
 
     def _load_queries(self, tile: _Tile) -> None:
@@ -544,9 +562,6 @@ class _Consumer:
         plgpu.barrier_arrive(smem.p_there.at[me])
         total = state.total * spread(shrink, state.total) + hopper.partial_sum([weights])
         return _Softmax(self._shrunk(state.out, shrink), top, total)
-
-    def _weigh_own(self, state: _Softmax) -> _Softmax:
-        return self._end(self._start_values(self.number, state.out), self.number, state)
 
     def _weigh_other(self, state: _Softmax) -> _Softmax:
         pending, state = self._start_other(state)

@@ -29,6 +29,7 @@ from jax_fp8attn.latent import dequantize_latent
 from jax_fp8attn.problems import RowForm, SparseArrays, SparseProblem
 from jax_fp8attn.quantize import E4M3
 from jax_fp8attn.testing import assert_bitwise_equal
+from jax_fp8attn.xla import sparse_prefill as xla
 
 BF16, F16, F32 = (np.dtype(t) for t in (ml_dtypes.bfloat16, np.float16, np.float32))
 HOPPER = Device("cuda", "H200", (9, 0))
@@ -133,7 +134,8 @@ class TestInterpreted:
                 ({"heads": 128, "rows": BYTES, "two": False}, {"producer": True, "blocks": 0}, {}),
                 ({"heads": 5, "rows": FP8, "q": BYTES}, {"producer": True, "blocks": 1}, {"out_dtype": jnp.float16}),
                 ({"heads": 128, "two": False}, {"producer": False, "blocks": 3}, {}),
-                ({"heads": 6, "q": FP8}, {"producer": False, "blocks": 0}, {"out_dtype": jnp.bfloat16}),
+                ({"heads": 6}, {"producer": False, "blocks": 0}, {"out_dtype": jnp.bfloat16}),
+                ({"rows": FP8}, {"producer": True, "halves": False}, {}),
             ),
         ],
         ids=str,
@@ -177,6 +179,22 @@ class TestInterpreted:
         np.testing.assert_array_equal(np.isnan(out).all(axis=(1, 2)), listed)
         np.testing.assert_array_equal(np.isnan(out).any(axis=(1, 2)), listed)
         np.testing.assert_array_equal(np.isnan(lse), np.broadcast_to(listed, lse.shape))
+
+    @pytest.mark.slow
+    def test_instances_have_their_own_scales_and_sinks(self) -> None:
+        """As under vmap."""
+        given = case(rows=FP8)
+        problem, arrays = operands(given)
+        problem = dataclasses.replace(problem, instances=2)
+        own = arrays._replace(
+            softmax_scale=np.array([0.1, -0.02], F32), sink=np.concatenate([arrays.sink, -arrays.sink])
+        )
+        out, lse = run_interpreted(kernel, problem, own, {"blocks": 2})
+        expected, expected_lse = xla.run(problem, jax.tree.map(jnp.asarray, own))
+        np.testing.assert_allclose(lse, expected_lse, rtol=0, atol=1e-3)
+        np.testing.assert_array_equal(np.isnan(out), np.isnan(expected))
+        error, mass = (np.linalg.norm(np.nan_to_num(x), axis=-1) for x in (out - expected, np.asarray(expected)))
+        assert (error <= sparse_cases.BF16 * mass).all()
 
     @pytest.mark.slow
     def test_pools_without_rows(self) -> None:

@@ -217,8 +217,8 @@ def sparse_calls() -> Iterator[Call]:
     yield _sparse("FP8 rows, 72 heads, a block a tile", rows=fp8, heads=72, blocks=0)
     yield _sparse("FP8 rows and queries, two pools, float32 output", rows=fp8, q=fp8, extend=64, out_dtype=F32)
     yield _sparse("E8M0 scales per 32, queries too, two pools", rows=bytes32, q=bytes32, extend=64)
-    yield _sparse("bf16 rows, 128 heads, two pools", heads=128, extend=64)
-    yield _sparse("bf16 rows, FP8 queries, 8 heads, float32 output", q=fp8, heads=8, out_dtype=F32)
+    yield _sparse("bf16 rows, FP8 queries, 128 heads, two pools", q=fp8, heads=128, extend=64)
+    yield _sparse("bf16 rows, 8 heads, float32 output", heads=8, out_dtype=F32)
 
 
 def _sparse(

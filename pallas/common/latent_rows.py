@@ -70,6 +70,7 @@ class Gather:
         refs = [x for one in self.pools for x in (one.nope, one.rope)]
 
         def emit(pool: Any, numbers: list[Any], refs: Any) -> list[Any]:
+            hopper.emit_end_of_block(4 + half)  # or the zeros of rows that are none would be written long before
             nope, rope = (_select(pool, refs[n::2]) for n in range(2))
             return [words for number in numbers for words in _load_half(nope, rope, number, half)]
 
