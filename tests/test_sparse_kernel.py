@@ -38,7 +38,7 @@ LISTS = (  # of the prefix and of the extend rows
     ([], []),
     ([], [3]),
     ([*range(20), 7, 7, 7, -1, P, INT_MAX, -(2**31), *range(37)], []),
-    ([n % P for n in range(130)], [n % 5 for n in range(65)]),
+    ([n % 3 for n in range(64)] + [3 + n % 9 for n in range(64)] + [30, 31], [n % 5 for n in range(65)]),
     ([-1, P + 1] * 35, [S]),
     (list(range(39)) + [2] * 24, [0]),
 )
@@ -132,7 +132,7 @@ class TestInterpreted:
             ({"rows": BYTES, "q": BYTES}, {"producer": False, "blocks": 1}, {}),
             *slow(
                 ({"heads": 128, "rows": BYTES, "two": False}, {"producer": True, "blocks": 0}, {}),
-                ({"heads": 5, "rows": FP8, "q": BYTES}, {"producer": True, "blocks": 1}, {"out_dtype": jnp.float16}),
+                ({"heads": 5, "rows": FP8, "q": BYTES}, {"producer": True, "blocks": 1}, {}),
                 ({"heads": 128, "two": False}, {"producer": False, "blocks": 3}, {}),
                 ({"heads": 6}, {"producer": False, "blocks": 0}, {"out_dtype": jnp.bfloat16}),
                 ({"rows": FP8}, {"producer": True, "halves": False}, {}),
@@ -232,17 +232,17 @@ class TestFaults:
     )
     def test_planted(self, fault: str, expected: str) -> None:
         wanted = None if expected == "RaceFound" else sound()
-        assert verdict(faulty, fault, *operands(case(rows=FP8)), PLANTED, expected=wanted) == expected
+        assert verdict(faulty, fault, *operands(steep()), PLANTED, expected=wanted) == expected
 
-    @pytest.mark.slow
-    def test_planted_without_a_producer(self) -> None:
-        fault = "rows published before they are stored"
-        assert verdict(faulty, fault, *operands(case()), PLANTED | {"producer": False}, expected=None) == "RaceFound"
+
+def steep() -> Case:
+    """Scores that grow by more than is let pass without a new maximum."""
+    return case(rows=FP8).but(scale=0.5)
 
 
 @functools.cache
 def sound() -> Any:
-    return interpreted(case(rows=FP8), PLANTED)
+    return interpreted(steep(), PLANTED)
 
 
 def faulty(interpret: Any, fault: str, problem: SparseProblem, arrays: SparseArrays, cut: dict[str, Any]) -> Any:
@@ -526,7 +526,7 @@ class TestHardware:
             ({"rows": FP8}, {"producer": False, "blocks": 0}, {}),
             ({"rows": FP8, "two": False}, {"blocks": 0}, {"out_dtype": jnp.bfloat16}),
             ({"heads": 72, "rows": FP8, "q": FP8}, {}, {"out_dtype": jnp.bfloat16}),
-            ({"heads": 128, "rows": BYTES, "q": BYTES}, {}, {"out_dtype": jnp.float16}),
+            ({"heads": 128, "rows": BYTES, "q": BYTES}, {}, {}),
             ({"heads": 100}, {}, {"out_dtype": jnp.bfloat16}),
             ({"heads": 128}, {"producer": False}, {}),
             ({"heads": 8, "q": BYTES}, {}, {}),
