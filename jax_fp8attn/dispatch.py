@@ -75,7 +75,7 @@ CANDIDATES: dict[str, tuple[Candidate, ...]] = {
     "merge_attn_states": _table("merge", Candidate("pallas", "jax_fp8attn.pallas.merge_sm90", platforms=("cuda",))),
     "sparse_prefill": _table(
         "sparse_prefill",
-        _absent("pallas", "the Hopper kernel of sparse_prefill"),
+        Candidate("pallas", "jax_fp8attn.pallas.sparse_prefill_sm90", platforms=("cuda",)),
         _absent("aiter", "the AITER call of sparse_prefill"),
         _absent("fa4", "the FA4 call of sparse_prefill"),
     ),

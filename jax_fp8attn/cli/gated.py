@@ -310,11 +310,60 @@ def _gdn_recurrence(label: str, config: Any, initial: bool = True, pool: bool = 
     return Call(label, lambda *given: run(*jax.tree.unflatten(tree, given)), tuple(leaves))
 
 
+def sparse_calls() -> Iterator[Call]:
+    """Rows and queries of both forms, one pool and two, scales of both kinds, head counts that are no multiple of 64,
+    outputs of both widths."""
+    fp8 = {"group": 64, "scale_dtype": F32}
+    bytes32 = {"group": 32, "scale_dtype": jnp.uint8}
+    yield _sparse("FP8 rows", rows=fp8)
+    yield _sparse("FP8 rows, 72 heads, a block a tile", rows=fp8, heads=72, blocks=0)
+    yield _sparse("FP8 rows and queries, two pools, float32 output", rows=fp8, q=fp8, extend=64, out_dtype=F32)
+    yield _sparse("E8M0 scales per 32, queries too, two pools", rows=bytes32, q=bytes32, extend=64)
+    yield _sparse("bf16 rows, FP8 queries, 128 heads, two pools", q=fp8, heads=128, extend=64)
+    yield _sparse("bf16 rows, 8 heads, float32 output", heads=8, out_dtype=F32)
+
+
+def _sparse(
+    label: str, rows: Any = None, q: Any = None, heads: int = 64, extend: int = 0, out_dtype: Any = BF16, **cut: Any
+) -> Call:
+    """Through ``build``: ``supports`` refuses until the kernel is measured."""
+    from jax_fp8attn.pallas import sparse_prefill_sm90 as kernel
+    from jax_fp8attn.problems import PoolForm, SparseArrays, SparsePool, SparseProblem
+
+    tokens, prefix, entries = 64, 1024, 4096
+    of = jax.ShapeDtypeStruct
+    list_of = SparsePool(None, of((entries,), jnp.int32), of((tokens,), jnp.int32), of((tokens,), jnp.int32))
+    given = [_latent(form, *lead) for form, lead in ((q, (tokens, heads)), (rows, (prefix,)), (rows, (extend,)))]
+    pools = [PoolForm(given[1][0], count, entries) if count else None for count in (prefix, extend)]
+    problem = SparseProblem(
+        tokens=tokens, heads=heads, q=given[0][0], prefix=pools[0], extend=pools[1], out_dtype=jnp.dtype(out_dtype),
+        has_sink=True, return_lse=True,
+    )  # fmt: skip
+    lists = [None if form is None else list_of._replace(rows=x) for form, (_, x) in zip(pools, given[1:], strict=True)]
+    leaves, tree = jax.tree.flatten(SparseArrays(given[0][1], *lists, of((1,), F32), of((1, heads), F32)))
+    run = kernel.build(problem, dataclasses.replace(kernel.default_config(problem), **cut))
+    return Call(label, lambda *given: run(jax.tree.unflatten(tree, given)), tuple(leaves))
+
+
+def _latent(form: Any, *lead: int) -> tuple[Any, Any]:
+    """Form and shapes of rows: bf16 without ``form``."""
+    from jax_fp8attn.latent import NOPE, ROPE, WIDTH, Fp8Latent
+    from jax_fp8attn.problems import RowForm
+
+    of, e4m3 = jax.ShapeDtypeStruct, jnp.dtype(jnp.float8_e4m3fn)
+    if form is None:
+        return RowForm(jnp.dtype(BF16)), of((*lead, WIDTH), BF16)
+    scales = of((*lead, NOPE // form["group"]), form["scale_dtype"])
+    row_form = RowForm(e4m3, form["group"], jnp.dtype(form["scale_dtype"]))
+    return row_form, Fp8Latent(of((*lead, NOPE), e4m3), of((*lead, ROPE), BF16), scales)
+
+
 GATED: dict[str, tuple[Callable[[], Iterator[Call]], Budget]] = {
     "gdn_recurrence": (gdn_recurrence_calls, Budget(registers=255, shared_memory=232448)),
     "merge_attn_states": (merge_calls, Budget(registers=128, shared_memory=1024)),
     "gdn_prepare": (gdn_prepare_calls, Budget(registers=255, shared_memory=76800)),
     "mla_prepare": (mla_prepare_calls, Budget(registers=168, shared_memory=131072)),
     "mla_prefill": (mla_calls, Budget(registers=255, shared_memory=232448)),
+    "sparse_prefill": (sparse_calls, Budget(registers=255, shared_memory=232448)),
 }
 """Op: its calls and what each of its kernels may use."""

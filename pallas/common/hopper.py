@@ -143,10 +143,11 @@ def start(
     many instructions at the end are a group of their own.
 
     Each pair: a [64, k] in shared memory or in registers, b [n, k] in shared memory, and the bytes of their swizzle, of
-    both or of each; of 16 bits b may also stand by columns, as [n / width, k, width] with rows as wide as the swizzle.
-    ``turned``: names those of a and b, of 16 bits, that are their transposes in shared memory. ``onto``: float32 sums
-    that the products are added to, or, if they are ``negative``, subtracted from. Without them the first product
-    overwrites: plgpu.wgmma adds to zeros, which the assembler now and then writes one by one.
+    both or of each; of 16 bits b may also stand by columns, as [n / width, k, width] with rows as wide as the swizzle,
+    or a and b both as [k / 64, rows, 64]. ``turned``: names those of a and b, of 16 bits, that are their transposes in
+    shared memory. ``onto``: float32 sums that the products are added to, or, if they are ``negative``, subtracted from.
+    Without them the first product overwrites: plgpu.wgmma adds to zeros, which the assembler now and then writes one by
+    one.
     """
     in_registers = [not hasattr(a, "transforms") for a, _, _ in pairs]
     types, operands = [], []
@@ -169,7 +170,7 @@ def start(
         sums = None if onto is None else _elements(given[-1])
         steps = []
         for a, b in zip(given[: 2 * len(pairs) : 2], given[1 : 2 * len(pairs) : 2], strict=True):
-            by_column = ir.MemRefType(b.type).rank == 5
+            by_column = ir.MemRefType(b.type).rank == 5 and (_is_array(a) or ir.MemRefType(a.type).rank == 4)
             of_b = _column_descriptors if by_column else _turned_descriptors if "b" in turned else _descriptors
             of_a = _turned_descriptors if "a" in turned else _descriptors
             lefts = _operand_words(a) if _is_array(a) else [[x] for x in of_a(a)]
@@ -272,6 +273,31 @@ def wait(younger: int) -> None:
     emit()
 
 
+def shrunk(sums: Any, factor: Any) -> Any:
+    """[64, n] times [64]; a warp whose factors are all 1 leaves its sums as they are."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(ACCUMULATOR, ROW), return_type=plgpu.ShapeDtypeStruct(sums.shape, sums.dtype, layout=ACCUMULATOR)
+    )
+    def emit(_: Any, sums: Any, factor: Any) -> Any:
+        f32, given = ir.F32Type.get(), _elements(sums)
+        factors = [vector.extract(x, [], [0]) if _is_vector(x) else x for x in factor.registers.flat]
+        count = len(given)
+        first = 2 * count  # of the factors' names
+        # registers of a pair of columns belong to the two rows of a thread in turns
+        products = "".join(f"mul.f32 ${n}, ${n}, ${first + n // 2 % 2}; " for n in range(count))
+        differ = f"setp.neu.f32 p, ${first}, 0f3F800000; setp.neu.or.f32 p, ${first + 1}, 0f3F800000, p; "
+        text = f"{{ .reg .pred p, q; {differ}vote.sync.any.pred q, p, 0xffffffff; @!q bra SAME; {products}SAME: }}"
+        constraints = ["=f"] * count + [str(n) for n in range(count)] + ["f"] * 2
+        result = llvm.inline_asm(
+            llvm.StructType.get_literal([f32] * count), [*given, *factors], text, ",".join(constraints), asm_dialect=0,
+            has_side_effects=True,
+        )  # fmt: skip
+        return _accumulators(sums.shape, [llvm.extractvalue(f32, result, [n]) for n in range(count)])
+
+    return emit(sums, factor)
+
+
 def wait_for_turn() -> None:
     """Two warpgroups take turns: a call returns after the other one's ``pass_turn``, which is called as often."""
     _turn("bar.sync", 0)
@@ -300,13 +326,18 @@ def end_of_block(number: int = 1) -> None:
 
     @plgpu.inline_mgpu()
     def emit(_: Any) -> None:
-        text = (
-            f"{{ .reg .pred p; .reg .b32 r; mov.u32 r, %ctaid.y; setp.ne.u32 p, r, {0x7FFF0000 + number:#x}; "
-            "@p bra ON; HERE: nanosleep.u32 1000; bra HERE; ON: }"
-        )
-        utils.inline_ptx(text, has_side_effects=True)
+        emit_end_of_block(number)
 
     emit()
+
+
+def emit_end_of_block(number: int = 1) -> None:
+    """Inside ``inline_mgpu``."""
+    text = (
+        f"{{ .reg .pred p; .reg .b32 r; mov.u32 r, %ctaid.y; setp.ne.u32 p, r, {0x7FFF0000 + number:#x}; "
+        "@p bra ON; HERE: nanosleep.u32 1000; bra HERE; ON: }"
+    )
+    utils.inline_ptx(text, has_side_effects=True)
 
 
 def clear_nonfinite(values: Any, record: Any, first_key: Any, first_column: Any) -> None:
@@ -395,6 +426,10 @@ def _tiled(swizzle: int, size: int) -> Any:
     return plgpu.RefType((plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)))
 
 
+def _is_vector(x: Any) -> bool:
+    return isinstance(x.type, ir.VectorType)
+
+
 def _is_array(x: Any) -> bool:
     return isinstance(x, fragmented_array.FragmentedArray)
 
@@ -402,6 +437,9 @@ def _is_array(x: Any) -> bool:
 def _descriptors(ref: Any) -> list[ir.Value]:
     """Of a matrix in tiles of eight rows of a swizzle: what wgmma takes for every 32 bytes of a row."""
     shape, strides, swizzle = ir.MemRefType(ref.type).shape, _byte_strides(ref), _swizzle(ref)
+    if len(shape) == 5:  # parts of rows one after the other
+        offsets = [strides[0] * part + 32 * step for part in range(shape[0]) for step in range(swizzle // 32)]
+        return _word_descriptors(ref, (strides[1] >> 4) << 32 | SWIZZLES[swizzle] << 62, offsets, anew=True)
     offsets = [strides[1] * tile + 32 * step for tile in range(shape[1]) for step in range(swizzle // 32)]
     facts = (strides[0] >> 4) << 32 | SWIZZLES[swizzle] << 62
     return _wide_descriptors(ref, facts, offsets) if _bytes(ref) == 1 else _word_descriptors(ref, facts, offsets)
@@ -445,11 +483,15 @@ def _wide_descriptors(ref: Any, facts: int, offsets: list[int]) -> list[ir.Value
     return [arith.addi(first, utils.c(offset >> 4, i64)) if offset else first for offset in offsets]
 
 
-def _word_descriptors(ref: Any, facts: int, offsets: list[int]) -> list[ir.Value]:
-    """Only the lower word depends on the address: 32-bit arithmetic, which is less of it."""
+def _word_descriptors(ref: Any, facts: int, offsets: list[int], anew: bool = False) -> list[ir.Value]:
+    """Only the lower word depends on the address: 32-bit arithmetic, which is less of it. ``anew``: computed where it
+    is used, and not kept in registers through a loop."""
     i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
     pair = ir.VectorType.get((2,), i32)
-    address = arith.shrui(llvm.ptrtoint(i32, utils.memref_ptr(ref)), _word(4))
+    address = llvm.ptrtoint(i32, utils.memref_ptr(ref))
+    if anew:
+        address = llvm.inline_asm(i32, [address], "mov.b32 $0, $1;", "=r,r", asm_dialect=0, has_side_effects=True)
+    address = arith.shrui(address, _word(4))
     first = arith.ori(address, _word(facts & 0xFFFFFFFF)) if facts & 0xFFFFFFFF else address
     lower = [arith.addi(first, _word(offset >> 4)) if offset else first for offset in offsets]
     return [llvm.bitcast(i64, vector.from_elements(pair, [word, _word(facts >> 32)])) for word in lower]
