@@ -15,11 +15,11 @@ from pathlib import Path
 from jax_fp8attn.cli import canary
 
 SUITES = {
-    "gdn_prefill": ("test_gdn_prefill.py", "test_gdn_pool.py", "test_gdn_prepare.py"),
+    "gdn_prefill": ("test_gdn_prefill.py", "test_gdn_pool.py", "test_gdn_prepare.py", "test_gdn_recurrence.py"),
     "merge_attn_states": ("test_merge.py", "test_merge_kernel.py"),
-    "mla_prefill": ("test_mla_prefill.py", "test_mla_kernel.py", "test_mla_prepare.py"),
+    "mla_prefill": ("test_mla_prefill.py", "test_mla_kernel.py", "test_mla_bf16.py", "test_mla_prepare.py"),
     "quantize_fp8": ("test_quantize.py", "test_latent.py"),
-    "sparse_prefill": ("test_sparse_prefill.py",),
+    "sparse_prefill": ("test_sparse_prefill.py", "test_sparse_kernel.py"),
 }
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu"}
 TOOLS = ("memcheck", "synccheck")
