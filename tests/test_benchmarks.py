@@ -601,8 +601,8 @@ class TestMlaPeers:
         [
             ("fp8 causal", (1, 200, 200, 66), [1, 1]),  # 132 tiles: enough for all multiprocessors
             ("fp8 full", (2, 100, 160, 2), [1, 0, 1, 0]),
-            ("bf16 causal", (1, 129, 129, 66), [1, 1]),
-            ("fp8 causal from bf16", (1, 100, 100, 2), [1, 1]),
+            pytest.param("bf16 causal", (1, 129, 129, 66), [1, 1], marks=pytest.mark.slow),
+            pytest.param("fp8 causal from bf16", (1, 100, 100, 2), [1, 1], marks=pytest.mark.slow),
             ("fp8 full V of mean 1", (1, 100, 200, 2), [1, 1]),
             ("fp8 causal to fp8_tensor", (1, 100, 100, 2), []),
             ("fp8 causal with a state", (1, 100, 100, 2), []),

@@ -1069,7 +1069,7 @@ GRADIENTS = {
 }
 
 
-@pytest.mark.parametrize("name", ["l2norm", "extreme", "alpha, grouped queries", slow("plain")])
+@pytest.mark.parametrize("name", ["l2norm", "extreme", slow("alpha, grouped queries"), slow("plain")])
 def test_gradients_against_float64(name):
     """R16: q, k, v, g, beta, initial state and scale, through o, final states and checkpoints, to 1e-5."""
     make, gate, eps = GRADIENTS[name]

@@ -502,7 +502,9 @@ SPECS = [
 ]
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize(
+    "spec", [pytest.param(x, marks=[pytest.mark.slow] if x.static() in SPECS[2:4] else []) for x in SPECS], ids=str
+)
 def test_output_quantisation(spec):
     """R9: fused output = quantising the float32 result, code by code, with state, empty rows, lse and odd T."""
     tokens = 253

@@ -128,9 +128,9 @@ class TestInterpreted:
         ("facts", "cut", "options"),
         [
             ({"rows": FP8}, {"producer": True, "blocks": 2}, {}),
-            ({"heads": 72}, {"producer": True, "blocks": 5}, {"out_dtype": jnp.bfloat16}),
-            ({"rows": BYTES, "q": BYTES}, {"producer": False, "blocks": 1}, {}),
             *slow(
+                ({"heads": 72}, {"producer": True, "blocks": 5}, {"out_dtype": jnp.bfloat16}),
+                ({"rows": BYTES, "q": BYTES}, {"producer": False, "blocks": 1}, {}),
                 ({"heads": 128, "rows": BYTES, "two": False}, {"producer": True, "blocks": 0}, {}),
                 ({"heads": 5, "rows": FP8, "q": BYTES}, {"producer": True, "blocks": 1}, {}),
                 ({"heads": 128, "two": False}, {"producer": False, "blocks": 3}, {}),
