@@ -215,16 +215,13 @@ def _mla_prepare(label: str, dtype: Any, config: Any = None, instances: int = 1)
 
 
 def gdn_prepare_calls() -> Iterator[Call]:
-    """State heads that share q or v, norms and none, packed rows; one and several heads a block. With one, ptxas takes
-    168 registers at most, so that three blocks fit; nvJitLink takes some more."""
+    """State heads that share q or v, norms and none, packed rows; several heads a block. With one, ptxas takes 168
+    registers at most, so that three blocks fit; nvJitLink takes some more."""
     yield _gdn_prepare("1 a block", (2, 2, 4))
     yield _gdn_prepare("1 a block, no norms", (2, 2, 4), norm=False)
     yield _gdn_prepare("1 a block, own queries", (4, 2, 2))
     yield _gdn_prepare("packed, 1 a block", (2, 2, 8), packed=True)
-    yield _gdn_prepare("2 a block", (2, 2, 4), 2)
     yield _gdn_prepare("2 a block, own queries", (4, 2, 2), 2)
-    yield _gdn_prepare("3 a block", (2, 2, 6), 3)
-    yield _gdn_prepare("packed, 2 a block", (2, 2, 8), 2, packed=True)
 
 
 def _gdn_prepare(
@@ -271,19 +268,13 @@ def gdn_recurrence_calls() -> Iterator[Call]:
     )
     state16, state32, kv = jnp.dtype(BF16), jnp.dtype(F32), {"state_layout": "kv"}
     yield _gdn_recurrence("64 in registers", registers)
-    yield _gdn_recurrence("32 shared", narrow)
-    yield _gdn_recurrence("64 shared", RecurrenceConfig(64, "shared", 3, 2))
-    yield _gdn_recurrence("128 shared", wide)
-    yield _gdn_recurrence("64 in registers, no states", registers, initial=False, return_final_state=False)
     options = {"state_dtype": state16, "checkpoint_every": 128, **kv}
     yield _gdn_recurrence("64 in registers, pool kv bfloat16, checkpoints", registers, pool=True, **options)
-    yield _gdn_recurrence("32 shared, pool vk float32, checkpoints", narrow, pool=True, checkpoint_every=64)
     yield _gdn_recurrence("128 shared, kv bfloat16, checkpoints", wide, **options)
     three = dataclasses.replace(registers, output_stages=2)
     yield _gdn_recurrence("64 in registers, float32 output", three, out_dtype=state32)
     yield _gdn_recurrence("32 shared, float16 output", narrow, out_dtype=jnp.dtype(F16), **kv)
-    for label, config in (("64 in registers", registers), ("32 shared", narrow)):
-        yield _gdn_recurrence(f"{label}, transition", config, initial=False, transition=True)
+    yield _gdn_recurrence("64 in registers, transition", registers, initial=False, transition=True)
 
 
 def _gdn_recurrence(label: str, config: Any, initial: bool = True, pool: bool = False, **options: Any) -> Call:
@@ -315,12 +306,9 @@ def sparse_calls() -> Iterator[Call]:
     outputs of both widths."""
     fp8 = {"group": 64, "scale_dtype": F32}
     bytes32 = {"group": 32, "scale_dtype": jnp.uint8}
-    yield _sparse("FP8 rows", rows=fp8)
-    yield _sparse("FP8 rows, 72 heads, a block a tile", rows=fp8, heads=72, blocks=0)
-    yield _sparse("FP8 rows and queries, two pools, float32 output", rows=fp8, q=fp8, extend=64, out_dtype=F32)
+    yield _sparse("FP8 rows, 72 heads, a block a tile, float32 output", rows=fp8, heads=72, blocks=0, out_dtype=F32)
     yield _sparse("E8M0 scales per 32, queries too, two pools", rows=bytes32, q=bytes32, extend=64)
     yield _sparse("bf16 rows, FP8 queries, 128 heads, two pools", q=fp8, heads=128, extend=64)
-    yield _sparse("bf16 rows, 8 heads, float32 output", heads=8, out_dtype=F32)
 
 
 def _sparse(
