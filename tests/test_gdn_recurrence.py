@@ -388,9 +388,9 @@ def faulty(interpret: Any, fault: str, case: Case, form: str, pool: bool = False
 
     def late(self: Any, new: Any) -> None:
         """The new values are written after the outputs are told."""
-        arrive = plgpu.barrier_arrive
-        arrive(self.smem.y_there)
-        with replace(plgpu, "barrier_arrive", lambda *_: None):
+        plgpu.barrier_wait(self.smem.y_free)
+        plgpu.barrier_arrive(self.smem.y_there)
+        with replace(plgpu, "barrier_wait", lambda *_: None), replace(plgpu, "barrier_arrive", lambda *_: None):
             hand_values(self, new)
 
     def hasty(self: Any, number: Any) -> None:
