@@ -23,12 +23,11 @@ from jax import lax
 from jax_fp8attn.pallas.common import configs, hopper
 from jax_fp8attn.pallas.common.backend import store, varying_like
 from jax_fp8attn.pallas.common.gdn_chunks import CHUNK, Chunks, Prepared
-from jax_fp8attn.pallas.common.hopper import spread
+from jax_fp8attn.pallas.common.hopper import ROWS, spread
 
 from jax_fp8attn.problems import GdnProblem
 
 WIDTH = 128  # of keys and of values
-ROWS = 64  # of a warpgroup's product
 BF16 = jnp.bfloat16
 COLUMN = hopper.ACCUMULATOR.reduce(0)
 FORMS = ("registers", "shared")
@@ -380,8 +379,8 @@ class _Kernel:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Chain:
-    """The state of one block of columns through all chunks."""
+class _Role:
+    """Of a warpgroup in one block of columns."""
 
     kernel: _Kernel
     gmem: _Global
@@ -391,6 +390,11 @@ class _Chain:
     @property
     def config(self) -> RecurrenceConfig:
         return self.kernel.config
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chain(_Role):
+    """The state of one block of columns through all chunks."""
 
     def field(self, name: str) -> Any:
         return self.gmem.table[self.place.row, FIELDS.index(name)]
@@ -645,17 +649,8 @@ def _turned(ref: Any, interpret: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Outputs:
+class _Outputs(_Role):
     """Follows the chain, chunk by chunk."""
-
-    kernel: _Kernel
-    gmem: _Global
-    smem: _Shared
-    place: _Place
-
-    @property
-    def config(self) -> RecurrenceConfig:
-        return self.kernel.config
 
     def run(self) -> None:
         smem, chunks = self.smem, self.place.chunks
