@@ -96,7 +96,7 @@ def test_targets(target: assembly.Target) -> None:
 def test_calls_are_distinct_and_carry_shapes() -> None:
     for calls, budget in gated.GATED.values():
         labels = [call.label for call in calls()]
-        assert len(set(labels)) == len(labels) > 5
+        assert len(set(labels)) == len(labels) >= 3
         assert 0 < budget.registers <= 255 and 0 < budget.shared_memory <= 232448
 
 
