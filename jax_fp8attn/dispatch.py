@@ -81,10 +81,12 @@ CANDIDATES: dict[str, tuple[Candidate, ...]] = {
     ),
     "gdn_prefill": _table(
         "gdn_prefill",
-        _absent("pallas", "the Hopper kernel of gdn_prefill"),
+        Candidate("pallas", "jax_fp8attn.pallas.gdn_prefill_sm90", platforms=("cuda",)),
         _absent("flashinfer", "the FlashInfer call of gdn_prefill"),
     ),
-    "gdn_prefill_pool": _table("gdn_prefill", _absent("pallas", "the Hopper kernel of gdn_prefill_pool")),
+    "gdn_prefill_pool": _table(
+        "gdn_prefill", Candidate("pallas", "jax_fp8attn.pallas.gdn_prefill_sm90", platforms=("cuda",))
+    ),
 }
 """Fastest first. "xla" takes every valid problem on every platform; "reference" is never chosen by itself."""
 

@@ -15,7 +15,13 @@ from pathlib import Path
 from jax_fp8attn.cli import canary
 
 SUITES = {
-    "gdn_prefill": ("test_gdn_prefill.py", "test_gdn_pool.py", "test_gdn_prepare.py", "test_gdn_recurrence.py"),
+    "gdn_prefill": (
+        "test_gdn_prefill.py",
+        "test_gdn_pool.py",
+        "test_gdn_prepare.py",
+        "test_gdn_recurrence.py",
+        "test_gdn_kernel.py",
+    ),
     "merge_attn_states": ("test_merge.py", "test_merge_kernel.py"),
     "mla_prefill": ("test_mla_prefill.py", "test_mla_kernel.py", "test_mla_bf16.py", "test_mla_prepare.py"),
     "quantize_fp8": ("test_quantize.py", "test_latent.py"),

@@ -1,0 +1,166 @@
+"""The two Hopper kernels of gdn_prefill together: interpreted on a CPU, against XLA's form of the op."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from interpreter import run_interpreted
+from jax_fp8attn.pallas import gdn_prefill_sm90 as kernels
+from jax_fp8attn.pallas.common.gdn_chunks import chunk_list
+
+import jax_fp8attn.xla.gdn_prefill as xla
+from jax_fp8attn import dispatch
+from jax_fp8attn.dispatch import Device
+from jax_fp8attn.problems import GdnArrays, GdnPoolArrays, GdnPoolProblem, GdnProblem, gdn_max_chunks
+from jax_fp8attn.testing import assert_bitwise_equal, relative_error
+
+BF16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
+BOUND = 0.006
+NAN = float("nan")
+
+
+def problem_of(lengths: tuple[int, ...], heads: tuple[int, int, int] = (1, 1, 2), **facts: Any) -> GdnProblem:
+    """Three tokens of no sequence in front, five behind."""
+    names = ("q_heads", "k_heads", "v_heads")
+    given = {"tokens": sum(lengths) + 8, "k_width": 128, "v_width": 128, "dtype": BF16, "out_dtype": BF16}
+    given |= {"state_dtype": F32, "has_initial_state": True, "qk_l2norm": True, "sequences": len(lengths)}
+    return GdnProblem(**{**given, **dict(zip(names, heads, strict=True)), **facts})
+
+
+def places(problem: GdnProblem, lengths: tuple[int, ...]) -> dict[str, np.ndarray]:
+    length = np.asarray(lengths, np.int32)
+    start = (3 + np.cumsum(length) - length).astype(np.int32)
+    counts = -(-length // 64)
+    room = gdn_max_chunks(problem.tokens, len(lengths))
+    sequence = np.full(room, -1, np.int32)
+    index = np.zeros(room, np.int32)
+    used = int(counts.sum())
+    sequence[:used] = np.repeat(np.arange(len(lengths)), counts)
+    index[:used] = np.concatenate([np.arange(n) for n in counts]) if used else 0
+    return {"start": start, "length": length, "chunk_sequence": sequence, "chunk_index": index}
+
+
+def split_arrays(problem: GdnProblem, lengths: tuple[int, ...]) -> GdnArrays:
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    tokens, heads = problem.tokens, problem.heads
+    q, k, v = (normal(tokens, n, 128).astype(BF16) for n in (problem.q_heads, problem.k_heads, problem.v_heads))
+    g = -0.3 * np.log1p(np.exp(normal(tokens, heads)))
+    beta = 1 / (1 + np.exp(-normal(tokens, heads)))
+    for x in (q, k, v, g, beta):
+        x[:3], x[-5:] = NAN, NAN
+    state = normal(problem.sequences, *problem.state_shape).astype(problem.state_dtype)
+    return GdnArrays(
+        q, k, v, g, beta, **places(problem, lengths),
+        initial_state=state if problem.has_initial_state else None, scale=np.full(1, 128**-0.5, np.float32),
+    )  # fmt: skip
+
+
+def pool_arrays(
+    problem: GdnPoolProblem, lengths: tuple[int, ...], slots: list[int], write_slots: list[int]
+) -> GdnPoolArrays:
+    split = split_arrays(problem.split, lengths)
+    rng = np.random.default_rng(1)
+    heads = problem.split.heads
+    qkv = np.concatenate([x.reshape(problem.tokens, -1) for x in split[:3]], axis=1)
+    a, b = (rng.standard_normal((problem.tokens, heads)).astype(BF16) for _ in range(2))
+    for x in (a, b):
+        x[:3], x[-5:] = NAN, NAN
+    per_head = rng.standard_normal((2, 1, heads)).astype(np.float32)
+    pool = rng.standard_normal((problem.pool_rows, *problem.split.state_shape)).astype(problem.state_dtype)
+    rows = (np.asarray(x, np.int32) for x in (slots, write_slots))
+    checkpoints = None
+    if problem.checkpoints_to_pool:
+        checkpoints = np.full(problem.split.checkpoints, problem.pool_rows - 1, np.int32)
+        checkpoints[1:] = -1
+    return GdnPoolArrays(
+        qkv, a, b, *per_head, pool, *rows, checkpoints, **places(problem.split, lengths), scale=split.scale
+    )
+
+
+def run(interpret: Any, problem: Any, arrays: Any) -> Any:
+    return kernels.build(problem, kernels.default_config(problem), interpret)(jax.tree.map(jnp.asarray, arrays))
+
+
+def check(problem: Any, arrays: Any) -> Any:
+    got = run_interpreted(run, problem, arrays, kernels=2)
+    wanted = jax.jit(lambda arrays: xla.run(problem, arrays))(arrays)
+    for one, other in zip(*(x if isinstance(x, tuple) else (x,) for x in (got, wanted)), strict=True):
+        assert one.dtype == other.dtype
+        assert relative_error(one, other) <= BOUND
+    return got
+
+
+class TestInterpreted:
+    @pytest.mark.parametrize(
+        ("lengths", "facts"),
+        [
+            ((70, 0, 130), {"checkpoint_every": 64}),
+            pytest.param((1, 64), {"heads": (1, 1, 3), "state_layout": "kv"}, marks=pytest.mark.slow),
+            pytest.param((90,), {"has_initial_state": False, "return_final_state": False}, marks=pytest.mark.slow),
+            pytest.param(
+                (65, 3), {"heads": (2, 1, 1), "state_dtype": BF16, "qk_l2norm": False}, marks=pytest.mark.slow
+            ),
+        ],
+        ids=str,
+    )
+    def test_split(self, lengths: tuple[int, ...], facts: dict[str, Any]) -> None:
+        problem = problem_of(lengths, **facts)
+        arrays = split_arrays(problem, lengths)
+        if not problem.qk_l2norm:
+            q, k = (x / np.sqrt(128) for x in (arrays.q, arrays.k))
+            arrays = arrays._replace(q=q.astype(BF16), k=k.astype(BF16))
+        check(problem, arrays)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("to_pool", [False, True])
+    def test_pool(self, to_pool: bool) -> None:
+        """A sequence without a row among them; what nobody writes keeps its bits."""
+        lengths = (70, 5, 130)
+        split = problem_of(lengths, checkpoint_every=64)
+        facts = {f.name: getattr(split, f.name) for f in dataclasses.fields(GdnPoolProblem) if hasattr(split, f.name)}
+        problem = GdnPoolProblem(**facts, pool_rows=5, checkpoints_to_pool=to_pool)
+        arrays = pool_arrays(problem, lengths, slots=[2, -1, 0], write_slots=[3, 1, 0])
+        pool = check(problem, arrays)[1]
+        kept = [2, *([] if to_pool else [4])]
+        assert_bitwise_equal(pool[kept], arrays.pool[kept])
+
+    @pytest.mark.parametrize("facts", [{}, {"has_initial_state": False}, {"checkpoint_every": 64}], ids=str)
+    def test_nothing_to_compute(self, facts: dict[str, Any]) -> None:
+        """As XLA has it, with no launch."""
+        for lengths in ((0, 0), ()):
+            problem = problem_of(lengths, **facts)
+            if lengths:
+                problem = dataclasses.replace(problem, tokens=0)
+            arrays = split_arrays(problem_of(lengths, **facts), lengths)
+            arrays = arrays._replace(
+                **{name: getattr(arrays, name)[: problem.tokens] for name in ("q", "k", "v", "g", "beta")}
+            )
+            arrays = arrays._replace(**places(problem, lengths))
+            assert_bitwise_equal(run(None, problem, arrays), xla.run(problem, jax.tree.map(jnp.asarray, arrays)))
+
+
+def test_chunks_of_the_op_are_those_of_the_kernels() -> None:
+    lengths = (70, 0, 130)
+    problem = problem_of(lengths)
+    where = places(problem, lengths)
+    chunks = chunk_list(jnp.asarray(where["start"]), jnp.asarray(where["length"]), problem.tokens)
+    used = np.asarray(chunks.valid) > 0
+    sequence = where["chunk_sequence"]
+    there = sequence >= 0
+    assert used.sum() == there.sum()
+    np.testing.assert_array_equal(
+        np.asarray(chunks.token)[used], where["start"][sequence[there]] + 64 * where["chunk_index"][there]
+    )
+
+
+def test_reasons() -> None:
+    (reason,) = kernels.supports(problem_of((8,)), Device("cuda", "H200", (9, 0)))
+    assert "not measured" in reason
+    reasons = kernels.supports(problem_of((8,), v_width=64, transition=True), Device("cuda", "B200", (10, 0)))
+    assert [word for word in ("9.0", "transitions", "V = 64") if not any(word in x for x in reasons)] == []
+    assert dispatch.CANDIDATES["gdn_prefill"][0].module == "jax_fp8attn.pallas.gdn_prefill_sm90"
