@@ -98,7 +98,7 @@ def _run_gdn(options: Options, *arrays: Any) -> Any:
 
 
 def _fake_gdn(options: Options, *tensors: Any) -> list[torch.Tensor]:
-    q, k, v, g, _, cu_seqlens, state, _, start, *_ = tensors
+    _, k, v, g, _, cu_seqlens, state, _, start, *_ = tensors
     *lead, tokens, heads = g.shape
     out_dtype = getattr(torch, options["out_dtype"]) if options["out_dtype"] else v.dtype
     results = [v.new_empty((*lead, tokens, heads, v.shape[-1]), dtype=out_dtype)]

@@ -1,8 +1,8 @@
 """Each op once for all ways to call it: in eager mode directly, under ``torch.compile`` as a custom op.
 
-A call is a list of tensors (or None) and a text of options. Eager mode skips PyTorch's dispatcher, which costs more than
-everything else here; the custom op ``torch.ops.jax_fp8attn.<name>`` does the same work, and its fake implementation
-gives the shapes of the results, so that the graph is not broken.
+A call is a list of tensors (or None) and a text of options. Eager mode skips PyTorch's dispatcher, which would cost as
+much as the rest; the custom op ``torch.ops.jax_fp8attn.<name>`` does the same work, and its fake implementation gives
+the shapes of the results, so that the graph is not broken.
 """
 
 from __future__ import annotations

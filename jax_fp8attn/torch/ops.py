@@ -23,7 +23,7 @@ Keys = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 class Fp8Tensor(NamedTuple):
     """FP8 codes with their scales, as the next matrix product takes them.
 
-    values  [T, H, D] float8_e4m3fn (or e4m3fnuz)
+    values  [T, H, D] float8_e4m3fn (or e4m3fnuz); of batched calls [B, T, H, D], whose tokens count as B*T
     scales  Fp8PerTensor: float32 []. Fp8PerGroup, by scale_layout, with G groups a token:
             "row" [T, G] · "col" [T, G], strides (1, T) · "col_tma" [T, G], strides (1, T rounded up to 4) ·
             "col_tma_packed" int32 [T, ceil(G/4)], strides (1, T rounded up to 4)
@@ -36,7 +36,7 @@ class Fp8Tensor(NamedTuple):
     @property
     def flat(self) -> torch.Tensor:
         """The codes as [T, H*D]: the left operand of the next product."""
-        return self.values.flatten(-2).flatten(0, -2)
+        return self.values if self.values.ndim == 2 else self.values.flatten(-2).flatten(0, -2)
 
 
 Output = torch.Tensor | Fp8Tensor
