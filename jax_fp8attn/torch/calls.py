@@ -22,21 +22,18 @@ def run(op: str, names: Sequence[str], values: Sequence[Value], function: Callab
     given = {name: x for name, x in zip(names, values, strict=True) if isinstance(x, torch.Tensor)}
     place = tensors.place_of(op, given)
     given = {name: tensors.ready(op, name, x, place) for name, x in given.items()}
-    # before XLA is put behind the stream: what is queued there until now must be covered
-    dropped = () if place.kept is None else place.kept.dropped(torch.cuda.current_stream(place.torch))
-    xla_stream, dlpack_stream, stream = place.order()
+    order = place.order()
     arrays = []
     for name, x in zip(names, values, strict=True):
         if isinstance(x, torch.Tensor):
-            arrays.append(tensors.to_jax(given[name], place, xla_stream))
+            arrays.append(tensors.to_jax(given[name], place, order.xla))
         else:
             arrays.append(None if x is None else tensors.number(op, name, x, place.jax))
     results = function(*arrays)
-    outputs = [tensors.to_torch(x, dlpack_stream) for x in results]
+    outputs = [tensors.to_torch(x, order.dlpack) for x in results]
     if place.kept is not None:
-        place.kept.add(results, outputs, stream)
-    del dropped  # XLA's stream is in order now
-    return outputs
+        place.kept.add(results, outputs, order.current)
+    return outputs  # and ``order`` ends here, with the memory that goes back to XLA
 
 
 def environment() -> tuple[str | None, str | None]:

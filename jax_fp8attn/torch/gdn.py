@@ -127,7 +127,6 @@ _GDN = register(
         ("q", "k", "v", "g", "beta", "cu_seqlens", "initial_state", "scale", *_METADATA),
         _run_gdn,
         _fake_gdn,
-        ("scale",),
     )
 )
 
@@ -314,6 +313,5 @@ _POOL = register(
         ),
         _run_pool,
         _fake_pool,
-        ("scale",),
     )
 )

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import torch
 
-from jax_fp8attn import checks
 from jax_fp8attn.quantize import Fp8PerGroup, Fp8PerTensor
 from jax_fp8attn.torch import calls
 from jax_fp8attn.torch.calls import Value
@@ -36,17 +35,12 @@ class Op:
     arguments: tuple[str, ...]
     function: Callable[..., Any]
     fake: Callable[..., list[torch.Tensor]]
-    numbers: tuple[str, ...] = ()  # the arguments that may be Python numbers
 
     def run(self, values: Sequence[Value], options: str) -> list[torch.Tensor]:
         key = self.name, options, calls.environment()
         function = _jitted.get(key)
         if function is None:
-            for name, x in zip(self.arguments, values, strict=True):
-                if x is not None and not isinstance(x, torch.Tensor) and name not in self.numbers:
-                    raise checks.invalid(self.name, name, f"a {type(x).__name__}", "a torch.Tensor")
-            function = self._compiled(options)
-            _jitted[key] = function
+            function = _jitted[key] = self._compiled(options)
         return calls.run(self.name, self.arguments, values, function)
 
     def _compiled(self, options: str) -> Callable[..., list[jax.Array]]:

@@ -118,7 +118,6 @@ _MLA = register(
         ("q", "k", "k_rope", "v", "cu_seqlens_q", "cu_seqlens_k", "initial_state[0]", "initial_state[1]", *_SCALES),
         _run_mla,
         _fake_mla,
-        _SCALES,
     )
 )
 
@@ -178,7 +177,6 @@ _CHUNKED = register(
         ),
         _run_chunked,
         _fake_mla,
-        _SCALES,
     )
 )
 
@@ -245,7 +243,6 @@ _MERGE = register(
         ),
         _run_merge,
         _fake_merge,
-        ("prefill_tokens_with_context", "output_scale"),
     )
 )
 
@@ -277,9 +274,7 @@ def _run_merge_n(options: Options, outputs: Any, lses: Any, scale: Any) -> Any:
     return fp8attn.merge_attn_states_n(outputs, lses, **options)
 
 
-_MERGE_N = register(
-    Op("merge_attn_states_n", ("outputs", "lses", "output_scale"), _run_merge_n, _fake_merge, ("output_scale",))
-)
+_MERGE_N = register(Op("merge_attn_states_n", ("outputs", "lses", "output_scale"), _run_merge_n, _fake_merge))
 
 
 def mask_empty_context_lse(
@@ -317,7 +312,6 @@ _QUANTIZE = register(
         ("x", "spec.scale"),
         lambda options, x, scale: fp8attn.quantize_fp8(x, with_scale(options["output_quant"], scale)),
         _fake_quantize,
-        ("spec.scale",),
     )
 )
 
@@ -404,7 +398,6 @@ _SPARSE = register(
         ),
         lambda options, *arrays: _run_sparse(fp8attn.sparse_prefill, options, *arrays),
         _fake_sparse,
-        ("softmax_scale",),
     )
 )
 _TOPK = register(
@@ -413,6 +406,5 @@ _TOPK = register(
         (*_ROWS, "indices", "lengths", "extend_indices", "extend_lengths", "attn_sink", "softmax_scale"),
         lambda options, *arrays: _run_sparse(fp8attn.sparse_prefill_topk, options, *arrays),
         _fake_sparse,
-        ("softmax_scale",),
     )
 )

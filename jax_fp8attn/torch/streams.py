@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import torch
@@ -29,6 +29,18 @@ from jax_fp8attn.errors import InvalidInputError, UnsupportedError
 _DLPACK = {"cpu": 1, "cuda": 2, "rocm": 10}
 _ALIGNMENT = {"cpu": 64, "cuda": 16, "rocm": 16}  # of what XLA takes as a parameter, in bytes
 _LOOKED_AT = 16  # kept results a call looks at: as many as it takes to keep up, and no more
+
+
+class Order(NamedTuple):
+    """The streams of one call."""
+
+    xla: int | None  # takes in foreign memory; None: there are no streams
+    dlpack: int | None  # PyTorch's, in DLPack's numbers
+    current: torch.cuda.Stream | None  # the same
+    dropped: Sequence[Any]  # results to let go once XLA has been given its work
+
+
+_NO_STREAMS = Order(None, None, None, ())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,17 +61,18 @@ class Place:
         except UnsupportedError as error:
             raise UnsupportedError(f"{op}: {error}") from None
 
-    def order(self) -> tuple[int | None, int | None, torch.cuda.Stream | None]:
-        """Puts XLA behind PyTorch's current stream: (XLA's stream, PyTorch's for DLPack, PyTorch's); None on a CPU."""
+    def order(self) -> Order:
+        """Puts XLA behind PyTorch's current stream."""
         if self.kept is None:
-            return None, None, None
+            return _NO_STREAMS
         if torch.cuda.is_current_stream_capturing():
             raise UnsupportedError("jax_fp8attn.torch: XLA's work cannot be captured into a CUDA graph.")
         current = torch.cuda.current_stream(self.torch)
+        dropped = self.kept.dropped(current)
         xla_stream = self.jax.get_stream_for_external_ready_events()
         self.wait(xla_stream, current)
         # 0 is no stream in DLPack; CUDA's default one is 1
-        return xla_stream, current.cuda_stream or (0 if torch.version.hip else 1), current
+        return Order(xla_stream, current.cuda_stream or (0 if torch.version.hip else 1), current, dropped)
 
     def wait(self, xla_stream: int, current: torch.cuda.Stream | None = None) -> None:
         """``xla_stream`` waits for what is queued on the current stream."""

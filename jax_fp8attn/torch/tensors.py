@@ -81,16 +81,15 @@ def ready(op: str, argument: str, x: torch.Tensor, place: Place) -> torch.Tensor
         raise checks.invalid(op, argument, _describe(x), " or ".join(_NAMES), "Offsets and indices are int32: x.int().")
     if x.layout is not torch.strided:
         raise checks.invalid(op, argument, f"a tensor of layout {x.layout}", "a strided one")
-    why = ""
     if not x.is_contiguous():
-        why = f"its strides {tuple(x.stride())} are not those of a contiguous tensor"
+        why = "its strides are not those of a contiguous tensor"
     elif x.data_ptr() % place.alignment:
         why = f"its memory does not start at a multiple of {place.alignment} bytes"
     elif x.is_neg():
         why = "its sign is not in its memory"
-    if not why:
+    else:
         return x
-    _say_once(f"{op}: {argument} {_describe(x)} is copied in every such call: {why}")
+    _say_once(f"{op}: {argument} is copied in every such call: {why}")
     return x.clone(memory_format=torch.contiguous_format)
 
 
@@ -109,9 +108,9 @@ def to_torch(x: Any, stream: int | None) -> torch.Tensor:
 
 
 def number(op: str, argument: str, x: Any, device: jax.Device) -> jax.Array:
-    """A Python number on the device: int32 or float32, sent there once."""
+    """A Python number on the device: int32 or float32 [1], sent there once."""
     if isinstance(x, bool) or not isinstance(x, int | float | np.integer | np.floating):
-        raise checks.invalid(op, argument, f"a {type(x).__name__}", "a number or a torch.Tensor")
+        raise checks.invalid(op, argument, f"a {type(x).__name__}", "a torch.Tensor, or a number where it is one")
     if isinstance(x, int | np.integer) and not -(2**31) <= x < 2**31:
         x = float(x)
     return _number(isinstance(x, int | np.integer), x, device)
@@ -119,7 +118,7 @@ def number(op: str, argument: str, x: Any, device: jax.Device) -> jax.Array:
 
 @functools.lru_cache(maxsize=4096)
 def _number(integer: bool, x: Any, device: jax.Device) -> jax.Array:
-    return jax.device_put(np.int32(x) if integer else np.float32(x), device)
+    return jax.device_put(np.full(1, x, np.int32 if integer else np.float32), device)
 
 
 class _Exporter:
@@ -167,12 +166,6 @@ def _describe(x: torch.Tensor) -> str:
 @functools.cache
 def _say_once(line: str) -> None:
     logging.getLogger("jax_fp8attn").warning(line)
-
-
-def tensor(op: str, argument: str, x: Any) -> torch.Tensor:
-    if not isinstance(x, torch.Tensor):
-        raise checks.invalid(op, argument, f"a {type(x).__name__}", "a torch.Tensor")
-    return x
 
 
 def place_of(op: str, tensors: dict[str, torch.Tensor]) -> Place:
