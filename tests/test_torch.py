@@ -420,12 +420,12 @@ class TestMemory:
         assert (address == x.data_ptr()) is shared
         assert [r.message.count("is copied in every such call") for r in caplog.records] == [] if shared else [1]
 
-    @pytest.mark.parametrize("raw_import", [True, False])
+    @pytest.mark.parametrize("fast", [True, False])
     @pytest.mark.parametrize("name", tensors.DTYPES.values())
-    def test_dtypes(self, name: str, raw_import: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_dtypes(self, name: str, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         """Both ways without a copy, through JAX's public entrance too."""
-        if not raw_import:
-            monkeypatch.setattr(tensors, "_raw_import", lambda: None)
+        if not fast:
+            monkeypatch.setattr(tensors, "_raw", lambda: None)
         x = torch.arange(64, dtype=torch.uint8)
         x = x % 2 == 1 if name == "bool" else x.view(getattr(torch, name))
         address, array = bridged(x)
@@ -436,7 +436,7 @@ class TestMemory:
 
     def test_fast_entrance_is_there(self) -> None:
         """Else every call pays JAX's public one: this tells of a version that needs a look."""
-        assert tensors._raw_import() is not None
+        assert tensors._raw() is not None
 
     def test_8_bit_floats_cross_natively(self) -> None:
         assert EIGHT_BITS and all(tensors.is_native(getattr(torch, name)) for name in EIGHT_BITS)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +105,8 @@ def to_torch(x: Any, stream: int | None) -> torch.Tensor:
     """A view of the array's memory, ready on the stream; without one (on a CPU) the host waits."""
     if isinstance(x, Bits):
         return to_torch(x.bytes, stream).view(getattr(torch, x.name))
-    return torch.utils.dlpack.from_dlpack(x.__dlpack__(stream=stream))
+    raw = _raw()
+    return torch.utils.dlpack.from_dlpack(x.__dlpack__(stream=stream) if raw is None else raw.export(x, stream=stream))
 
 
 def number(op: str, argument: str, x: Any, device: jax.Device) -> jax.Array:
@@ -139,24 +141,30 @@ class _Exporter:
 
 
 def _view(x: torch.Tensor, place: Place, xla_stream: int | None) -> jax.Array:
-    raw = _raw_import()
+    raw = _raw()
     if raw is None:
         return jax.dlpack.from_dlpack(_Exporter(x, place))
-    return raw(torch.utils.dlpack.to_dlpack(x), place.jax, xla_stream, None, place.dlpack[0])
+    return raw.take(torch.utils.dlpack.to_dlpack(x), place.jax, xla_stream, None, place.dlpack[0])
+
+
+class _Raw(NamedTuple):
+    take: Callable[..., jax.Array]
+    export: Callable[..., Any]
 
 
 @functools.cache
-def _raw_import() -> Any:
-    """What ``jax.dlpack.from_dlpack`` ends in, a tenth of its time; None where this version of JAX has another one."""
+def _raw() -> _Raw | None:
+    """What JAX's ``from_dlpack`` and ``__dlpack__`` end in, for a tenth of the time; None in a JAX that has it not."""
     try:
         from jax._src.lib import _jax
 
-        raw = _jax.dlpack_managed_tensor_to_buffer
+        raw = _Raw(_jax.dlpack_managed_tensor_to_buffer, _jax.buffer_to_dlpack_managed_tensor)
         capsule = torch.utils.dlpack.to_dlpack(torch.zeros(1))
-        array = raw(capsule, jax.local_devices(backend="cpu")[0], None, None, 1)
+        array = raw.take(capsule, jax.local_devices(backend="cpu")[0], None, None, 1)
+        back = torch.utils.dlpack.from_dlpack(raw.export(array, stream=None))
     except (ImportError, AttributeError, TypeError):
         return None
-    return raw if isinstance(array, jax.Array) and array.committed else None
+    return raw if isinstance(array, jax.Array) and array.committed and back.shape == (1,) else None
 
 
 def _describe(x: torch.Tensor) -> str:
