@@ -272,7 +272,10 @@ def wanted(case: Case) -> Any:
     return fp8attn.mla_prefill_chunked(*args, fp8attn.paged_latent_loader(*cache), **options)
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = ("gdn out", "mla state")  # whose forms others have, too
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES])
 def test_op_is_the_jax_op(name: str) -> None:
     """Every op, bit for bit; a second call changes nothing, and no result shares memory with an argument."""
     case = CASES[name]
@@ -289,7 +292,7 @@ def test_op_is_the_jax_op(name: str) -> None:
         np.testing.assert_array_equal(to_numpy(x), bytes_before)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES])
 def test_compiled_without_a_break(name: str) -> None:
     case = CASES[name]
     args, options = case.tensors()
@@ -648,7 +651,7 @@ POOLS = {
 
 
 class TestPool:
-    @pytest.mark.parametrize("name", POOLS)
+    @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "plain")) for n in POOLS])
     def test_in_place(self, name: str) -> None:
         """The same memory, the rows of JAX's result, every other row untouched."""
         case = Pool(**POOLS[name])
@@ -667,7 +670,7 @@ class TestPool:
         same(view, case.expected()[1])
         assert (wide[..., 384:] == 7).all()
 
-    @pytest.mark.parametrize("sequences", [0, 1])
+    @pytest.mark.parametrize("sequences", [0, pytest.param(1, marks=pytest.mark.slow)])
     def test_few_sequences(self, sequences: int) -> None:
         case = Pool(cu_seqlens=int32(0, 150)[: sequences + 1])
         case.args = (*case.args[:6], *(x[:sequences] for x in case.args[6:]))
@@ -697,6 +700,7 @@ class TestPool:
         op, values, text = seen[0]
         torch.library.opcheck(library._REGISTERED[op.name], (library._as_tensors(values), text))
 
+    @pytest.mark.slow
     def test_metadata(self) -> None:
         """Once for all layers, as tensors."""
         cu = int32(0, 66, 66, 70)
