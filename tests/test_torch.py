@@ -817,6 +817,23 @@ class TestStreamOrder:
         call()  # takes the codes out, and adds two
         assert len(kept) == 2
 
+    def test_memory_stays_after_a_failure(self, device: types.SimpleNamespace) -> None:
+        """A call that gave XLA no work has put nothing in order."""
+        bridge.quantize_fp8(torch.randn(4, 256), group(128))
+        gc.collect()
+        with pytest.raises(InvalidInputError):
+            bridge.quantize_fp8(torch.randn(4, 250), group(128))
+        assert len(device.place.kept) == 2
+        bridge.quantize_fp8(torch.randn(4, 256), group(128))
+        assert len(device.place.kept) == 2
+
+    def test_many_kept_results(self, device: types.SimpleNamespace) -> None:
+        """However many live on, a dropped one is found within a few calls."""
+        kept, alive = device.place.kept, [torch.zeros(1) for _ in range(400)]
+        kept.add([None] * 400, alive, device.current)
+        kept.add([None], [torch.zeros(1)], device.current)
+        assert sum(len(kept.dropped(device.current)) for _ in range(5)) == 1 and len(kept) == 400
+
     def test_other_stream(self, device: types.SimpleNamespace) -> None:
         """Dropped on one stream, next call on another: kept until the first stream has passed."""
         kept, first = device.place.kept, device.current

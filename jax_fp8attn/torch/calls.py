@@ -23,13 +23,18 @@ def run(op: str, names: Sequence[str], values: Sequence[Value], function: Callab
     place = tensors.place_of(op, given)
     given = {name: tensors.ready(op, name, x, place) for name, x in given.items()}
     order = place.order()
-    arrays = []
-    for name, x in zip(names, values, strict=True):
-        if isinstance(x, torch.Tensor):
-            arrays.append(tensors.to_jax(given[name], place, order.xla))
-        else:
-            arrays.append(None if x is None else tensors.number(op, name, x, place.jax))
-    results = function(*arrays)
+    try:
+        arrays = []
+        for name, x in zip(names, values, strict=True):
+            if isinstance(x, torch.Tensor):
+                arrays.append(tensors.to_jax(given[name], place, order.xla))
+            else:
+                arrays.append(None if x is None else tensors.number(op, name, x, place.jax))
+        results = function(*arrays)
+    except BaseException:
+        if place.kept is not None:
+            place.kept.put_back(order.dropped)
+        raise
     outputs = [tensors.to_torch(x, order.dlpack) for x in results]
     if place.kept is not None:
         place.kept.add(results, outputs, order.current)

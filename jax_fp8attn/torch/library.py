@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,12 +60,13 @@ _REGISTERED: dict[str, Any] = {}
 def register(op: Op) -> Op:
     """Makes ``torch.ops.jax_fp8attn.<name>``."""
     tag = getattr(torch.Tag, "cudagraph_unsafe", None)
+    takes_tags = "tags" in inspect.signature(torch.library.custom_op).parameters
     definition = torch.library.custom_op(
         f"jax_fp8attn::{op.name}",
         lambda tensors, options: op.run(tensors, options),
         mutates_args=(),
         schema="(Tensor?[] tensors, str options) -> Tensor[]",
-        tags=[] if tag is None else [tag],
+        **({"tags": [tag]} if tag is not None and takes_tags else {}),
     )
     definition.register_fake(lambda tensors, options: op.fake(parse(options), *tensors))
     _REGISTERED[op.name] = getattr(torch.ops.jax_fp8attn, op.name).default

@@ -28,7 +28,7 @@ from jax_fp8attn.errors import InvalidInputError, UnsupportedError
 
 _DLPACK = {"cpu": 1, "cuda": 2, "rocm": 10}
 _ALIGNMENT = {"cpu": 64, "cuda": 16, "rocm": 16}  # of what XLA takes as a parameter, in bytes
-_LOOKED_AT = 16  # kept results a call looks at: as many as it takes to keep up, and no more
+_LOOKED_AT = 16, 4  # kept results that a call looks at: as many, or one of so many
 
 
 class Order(NamedTuple):
@@ -131,11 +131,17 @@ class Kept:
             for array, tensor in zip(arrays, tensors, strict=True):
                 self._results.append(_Result(array, StorageWeakRef(tensor.untyped_storage()), stream))
 
+    def put_back(self, results: Sequence[_Result]) -> None:
+        """XLA was given no work behind the stream: not yet."""
+        with self._lock:
+            self._results.extendleft(results)
+
     def dropped(self, stream: torch.cuda.Stream) -> list[_Result]:
         """Takes out what may be given back once XLA is ordered behind the present end of ``stream``."""
         free = []
         with self._lock:
-            for _ in range(min(_LOOKED_AT, len(self._results))):
+            count = len(self._results)
+            for _ in range(min(count, max(_LOOKED_AT[0], count // _LOOKED_AT[1]))):
                 result = self._results.popleft()
                 if not result.storage.expired():
                     self._results.append(result)
