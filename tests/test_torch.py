@@ -35,12 +35,14 @@ OPS = (
 EIGHT_BITS = sorted(name for name in tensors.DTYPES.values() if name.startswith("float8"))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick() -> Any:
-    """Programs are compiled often here, and run once."""
+@pytest.fixture(autouse=True)
+def place(request: pytest.FixtureRequest) -> Any:
+    """JAX on the device of the test's tensors. Programs for a CPU are compiled often here and run once."""
+    on_cpu = request.cls is None or request.cls.__name__ != "TestHardware"
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+    jax.config.update("jax_disable_most_optimizations", on_cpu or before)
+    with jax.default_device(jax.devices("cpu" if on_cpu else "gpu")[0]):
+        yield
     jax.config.update("jax_disable_most_optimizations", before)
 
 
@@ -243,6 +245,13 @@ def gdn_cases() -> dict[str, Case]:
 CASES = {**mla_cases(), **merge_cases(), **sparse_cases(), **gdn_cases()}
 
 
+SLOW = ("gdn out", "gdn batched", "mla state")  # whose forms others have, too
+
+
+def marked(names: Any, slow: tuple[str, ...] = SLOW) -> list[Any]:
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name in slow)) for name in names]
+
+
 def same(got: Any, wanted: Any) -> None:
     """Bit for bit, in order; an Fp8Tensor holds a view of the Fp8Array's buffer of scales."""
     if isinstance(wanted, Fp8Array):
@@ -272,10 +281,7 @@ def wanted(case: Case) -> Any:
     return fp8attn.mla_prefill_chunked(*args, fp8attn.paged_latent_loader(*cache), **options)
 
 
-SLOW = ("gdn out", "mla state")  # whose forms others have, too
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES])
+@pytest.mark.parametrize("name", marked(CASES))
 def test_op_is_the_jax_op(name: str) -> None:
     """Every op, bit for bit; a second call changes nothing, and no result shares memory with an argument."""
     case = CASES[name]
@@ -292,7 +298,7 @@ def test_op_is_the_jax_op(name: str) -> None:
         np.testing.assert_array_equal(to_numpy(x), bytes_before)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES])
+@pytest.mark.parametrize("name", marked(CASES))
 def test_compiled_without_a_break(name: str) -> None:
     case = CASES[name]
     args, options = case.tensors()
@@ -326,7 +332,7 @@ CHECKED = (
 
 
 class TestCustomOps:
-    @pytest.mark.parametrize("name", CHECKED)
+    @pytest.mark.parametrize("name", marked(CHECKED))
     def test_opcheck(self, name: str) -> None:
         """Schema, shapes of the fake implementation, static and dynamic: by PyTorch's own check."""
         op, values, options = arguments(name)
@@ -652,7 +658,7 @@ POOLS = {
 
 
 class TestPool:
-    @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "plain")) for n in POOLS])
+    @pytest.mark.parametrize("name", marked(POOLS, ("plain", "checkpoints")))
     def test_in_place(self, name: str) -> None:
         """The same memory, the rows of JAX's result, every other row untouched."""
         case = Pool(**POOLS[name])
