@@ -395,10 +395,10 @@ class TestCustomOps:
             library._REGISTERED[op.name](values, options)[0].sum().backward()
 
 
-def bridged(x: torch.Tensor, function: Any = lambda x: x) -> tuple[int, Any]:
+def bridged(x: torch.Tensor) -> tuple[int, Any]:
     """The address that XLA reads, and the array."""
     place = tensors.place_of("test", {"x": x})
-    array = tensors.to_jax(tensors.ready("test", "x", x, place), place, None)
+    array = tensors.to_jax(tensors.ready("test", "x", x, place), place, place.order().xla)
     return array.unsafe_buffer_pointer(), array
 
 
@@ -512,6 +512,25 @@ class TestMemory:
             result = bridge.quantize_fp8(x, spec)
             x.zero_()
             same(result, expected)
+
+    def test_threads(self) -> None:
+        """Calls from several threads at once."""
+        case = CASES["quantize"]
+        expected, failures = case.jax(), []
+
+        def work() -> None:
+            try:
+                for _ in range(20):
+                    same(case.bridge(), expected)
+            except Exception as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures
 
     def test_no_retrace_and_no_recompilation(self) -> None:
         """Numbers and values may change; the program stays."""
@@ -889,6 +908,16 @@ class TestHardware:
         back = tensors.to_torch(array, 1)
         assert back.data_ptr() == address and back.dtype == x.dtype
         np.testing.assert_array_equal(to_numpy(back), to_numpy(x))
+
+    @pytest.mark.parametrize("offset, shared", [(8, True), (4, False), (1, False)])
+    def test_alignment(self, offset: int, shared: bool) -> None:
+        """XLA takes what starts at 16 bytes; anything else is copied."""
+        values = normal(1032)
+        x = to_tensor(values, self.CUDA)[offset : offset + 1024].view(4, 256)
+        torch.cuda.synchronize()
+        assert (bridged(x)[0] == x.data_ptr()) is shared
+        rows = jnp.asarray(values[offset : offset + 1024].reshape(4, 256))
+        same(bridge.quantize_fp8(x, group(128)), fp8attn.quantize_fp8(rows, group(128)))
 
     def test_two_streams(self) -> None:
         """1000 calls on two streams: arguments written just before on a slow stream, overwritten just after, results
