@@ -281,7 +281,7 @@ def wanted(case: Case) -> Any:
     return fp8attn.mla_prefill_chunked(*args, fp8attn.paged_latent_loader(*cache), **options)
 
 
-@pytest.mark.parametrize("name", marked(CASES))
+@pytest.mark.parametrize("name", marked(CASES, (*SLOW, "mla chunked")))
 def test_op_is_the_jax_op(name: str) -> None:
     """Every op, bit for bit; a second call changes nothing, and no result shares memory with an argument."""
     case = CASES[name]
