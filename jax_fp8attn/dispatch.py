@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import custom_vmap
 
+from jax_fp8attn import partition
 from jax_fp8attn.errors import InvalidInputError, UnsupportedError
 
 Implementation = str | Sequence[str] | None
@@ -265,12 +266,14 @@ class Op:
     fold(problem, arrays, size, batched) -> problem, arrays, unfold
         a vmapped call of ``size`` instances as one call; ``batched`` mirrors ``arrays`` with bools
     backward(problem, arrays, cotangents) -> cotangents of arrays, or None for an op without a derivative
+    heads(problem) -> partition.Heads, or None for an op that is not cut by heads
     """
 
     name: str
     prepare: Callable[[Any, Any], Any]
     fold: Callable[[Any, Any, int, Any], tuple[Any, Any, Callable[[Any], Any]]]
     backward: Callable[[Any, Any, Any], Any] | None = None
+    heads: Callable[[Any], partition.Heads] | None = None
 
 
 class _Explained(Exception):
@@ -337,25 +340,32 @@ def call(op: Op, problem: Any, arrays: Any, implementation: Implementation) -> A
 def execute(op: Op, problem: Any, names: tuple[str, str | None], arrays: Any) -> Any:
     """Runs an implementation under the op's batching and differentiation rules; the second name on other platforms."""
     with jax.named_scope(f"jax_fp8attn.{op.name}.{names[0]}"):
-        return _with_derivative(op, problem, names)(op.prepare(problem, arrays))
+        run = lambda problem: _with_derivative(op, problem, names)
+        arrays = op.prepare(problem, arrays)
+        if (mesh := partition.explicit_mesh(arrays)) is not None:
+            return partition.by_type(op.name, op.heads and op.heads(problem), problem, run, mesh)(arrays)
+        return run(problem)(arrays)
 
 
-def _run(op: str, problem: Any, names: tuple[str, str | None], arrays: Any) -> Any:
-    chosen, other = (_by_name(op, name) if name else None for name in names)
+def _run(op: Op, problem: Any, names: tuple[str, str | None], arrays: Any) -> Any:
+    chosen, other = (_by_name(op.name, name) if name else None for name in names)
 
-    def runner(candidate: Candidate) -> Callable[[Any], Any]:
-        return functools.partial(importlib.import_module(candidate.module).run, problem)
+    def run(problem: Any) -> Callable[[Any], Any]:
+        runner = lambda candidate: functools.partial(importlib.import_module(candidate.module).run, problem)
+        if other is None:
+            return runner(chosen)
+        fast = dict.fromkeys(chosen.platforms, runner(chosen))
+        return lambda arrays: jax.lax.platform_dependent(arrays, default=runner(other), **fast)
 
-    if other is None:
-        return runner(chosen)(arrays)
-    fast = dict.fromkeys(chosen.platforms, runner(chosen))
-    return jax.lax.platform_dependent(arrays, default=runner(other), **fast)
+    if not chosen.platforms:  # jax.numpy code, which the compiler partitions by itself
+        return run(problem)(arrays)
+    return partition.by_compiler(op.heads and op.heads(problem), problem, run)(arrays)
 
 
 def _with_batching(op: Op, problem: Any, names: tuple[str, str | None]) -> Callable[[Any], Any]:
     @custom_vmap
     def run(arrays: Any) -> Any:
-        return _run(op.name, problem, names, arrays)
+        return _run(op, problem, names, arrays)
 
     @run.def_vmap
     def _(size: int, batched: Sequence[Any], arrays: Any) -> tuple[Any, Any]:

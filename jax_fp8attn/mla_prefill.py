@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax_fp8attn import checks, dispatch, offsets
 from jax_fp8attn.errors import UnsupportedError
 from jax_fp8attn.folding import broadcast_instances, merge_axes, unfold_axis, unfold_tokens
+from jax_fp8attn.partition import ALL, Heads, output_axes
 from jax_fp8attn.problems import MlaArrays, MlaProblem, Output
 from jax_fp8attn.quantize import E4M3, Fp8Array, Fp8PerTensor, Fp8Spec, check_spec
 
@@ -263,4 +264,10 @@ def _fold(
     return dataclasses.replace(problem, **counts), folded, unfold
 
 
-OP = dispatch.Op("mla_prefill", _prepare, _fold)
+def _heads(problem: MlaProblem) -> Heads:
+    of_heads = {"q": 1, "k": 1, "v": 1, "initial_out": 1, "initial_lse": 0}
+    arrays = MlaArrays(**{name: of_heads.get(name, ALL) for name in MlaArrays._fields})
+    return Heads(("heads",), arrays, (*output_axes(problem.output_quant), *[0] * problem.return_lse))
+
+
+OP = dispatch.Op("mla_prefill", _prepare, _fold, heads=_heads)
