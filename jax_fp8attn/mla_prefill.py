@@ -108,7 +108,7 @@ def mla_prefill(
     cu_seqlens_q, cu_seqlens_k = _offsets(op, cu_seqlens_q, cu_seqlens_k, tokens, keys)
     for name, value in (("causal", causal), ("return_lse", return_lse)):
         checks.flag(op, name, value)
-    compute = _compute(op, compute)
+    compute = resolved_compute(op, compute)
     output_scale = None
     if output_quant is not None:
         check_spec(op, "output_quant", output_quant, v.shape[-1])
@@ -195,7 +195,8 @@ def _offsets(op: str, cu_q: Any, cu_k: Any, tokens: int, keys: int) -> tuple[jax
     )
 
 
-def _compute(op: str, compute: Any) -> str:
+def resolved_compute(op: str, compute: Any) -> str:
+    """What ``compute`` means; None asks the environment."""
     if compute is None:
         return "bf16" if os.environ.get("JAX_FP8ATTN_FP8_PREFILL", "1").strip() == "0" else "fp8"
     checks.option(op, "compute", compute, ("fp8", "bf16"))

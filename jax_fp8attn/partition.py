@@ -226,7 +226,9 @@ def by_type(op: str, heads: Heads | None, problem: Any, run: Run, mesh: Any) -> 
             return results
 
         specs = tuple(_spec(axis, names) for axis in axes)
-        out_specs = [_spec(axis, names) for axis in _result_axes(heads, problem, parts)] if parts > 1 else _spec(ALL, ())
+        out_specs = (
+            [_spec(axis, names) for axis in _result_axes(heads, problem, parts)] if parts > 1 else _spec(ALL, ())
+        )
         results = jax.shard_map(
             on_device,
             mesh=mesh,
