@@ -17,6 +17,9 @@ from jax.sharding import PartitionSpec as P
 import jax_fp8attn as fp8attn
 from jax_fp8attn import InvalidInputError, dispatch, partition, sharding, testing
 from jax_fp8attn.dispatch import Candidate
+from jax_fp8attn.problems import MergeProblem, MlaProblem, SparseProblem
+from jax_fp8attn.quantize import quantize_output
+from jax_fp8attn.xla import merge
 
 GATHERS = re.compile(r"= (\S+) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\(")
 BOUND = 2e-6  # of sums in another order, float32
@@ -52,27 +55,34 @@ def opaque(x: Any) -> Any:
     return columns.reshape(x.shape).astype(x.dtype)
 
 
-OPS = ("mla_prefill", "merge_attn_states", "sparse_prefill", "gdn_prefill")
+def stand_in(problem: Any, arrays: Any) -> Any:
+    """Every argument has a say in every result of its head, as in the op, at a fraction of the time to compile."""
+    if isinstance(problem, MergeProblem):
+        outputs = jax.tree.map(opaque, arrays.outputs)
+        return merge.run(problem, arrays._replace(outputs=outputs))
+    arrays = jax.tree.map(opaque, arrays)
+    if isinstance(problem, MlaProblem):
+        out = arrays.q[..., :128] * arrays.k[..., :128] + arrays.v + arrays.k_rope[:, None, :1]
+        return quantize_output(out, problem.output_quant, arrays.output_scale, problem.out_dtype), arrays.q[..., 0].T
+    if isinstance(problem, SparseProblem):
+        return arrays.q * arrays.sink[0][:, None] + arrays.prefix.rows[:1, None], arrays.q[..., 0].T
+    heads = lambda x: jnp.repeat(x, problem.heads // x.shape[1], axis=1)
+    out = heads(arrays.q) * heads(arrays.k) + arrays.v * (arrays.g * arrays.beta)[..., None]
+    return out, arrays.initial_state * out[0][:, None]
 
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """Every op has an opaque implementation on CPUs, first in the table. The problems that it was asked for."""
     problems: list[Any] = []
-    for op in OPS:
-        row = dispatch._by_name(op, "reference")
-        module = types.ModuleType(f"opaque_{op}")
-        module.supports = lambda problem, device: ()
-
-        def run(problem: Any, arrays: Any, row: Candidate = row) -> Any:
-            problems.append(problem)
-            return sys.modules[row.module].run(problem, jax.tree.map(opaque, arrays))
-
-        module.run = run
-        __import__(row.module)
-        monkeypatch.setitem(sys.modules, module.__name__, module)
+    module = types.ModuleType("opaque_kernel")
+    module.supports = lambda problem, device: ()
+    module.run = lambda problem, arrays: (problems.append(problem), stand_in(problem, arrays))[1]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for op in ("mla_prefill", "merge_attn_states", "sparse_prefill", "gdn_prefill"):
         rows = [row for row in dispatch.CANDIDATES[op] if row.name != "pallas"]
         monkeypatch.setitem(dispatch.CANDIDATES, op, (Candidate("pallas", module.__name__, ("cpu",)), *rows))
+    monkeypatch.setenv("JAX_FP8ATTN_IMPLEMENTATION", "pallas")  # and nothing for other platforms
     dispatch.execute.clear_cache()
     yield problems
     dispatch.execute.clear_cache()
@@ -159,7 +169,7 @@ class TestHeads:
         assert not collectives(compiled)
         assert_by_heads(got)
         heads = "v_heads" if name.startswith("gdn") else "heads"
-        assert {getattr(problem, heads) for problem in kernels} == {16, 2}
+        assert {getattr(problem, heads) for problem in kernels} == {16, 2}  # of one device, and of eight
         assert "trsm" in compiled.as_text()
 
     @pytest.mark.parametrize("name", ["mla", "merge", "sparse"])
@@ -230,7 +240,7 @@ class TestHeads:
         dispatch.execute.clear_cache()
         assert text() == with_rule
 
-    @pytest.mark.parametrize("name", ["mla", "merge", "gdn, grouped"])
+    @pytest.mark.parametrize("name", ["mla", "merge", pytest.param("gdn, grouped", marks=pytest.mark.slow)])
     def test_the_portable_implementation(self, name: str) -> None:
         """R17: jax.numpy code is cut by the compiler; mla_prefill's devices agree on one flag, whether V is finite."""
         call, arguments, specs = CALLS[name]()
@@ -249,8 +259,252 @@ class TestHeads:
         with pytest.raises(InvalidInputError, match="expected one way for all"):
             sharded(call, arguments, [*specs[:3], P("y")], both)
 
+    @pytest.mark.slow
     def test_gradients_in_explicit_mode(self) -> None:
         call, arguments, specs = gdn_call()
         loss = lambda *xs: jax.grad(lambda *xs: call(*xs)[0].sum(), (0, 1, 2))(*xs)
         _, got = sharded(loss, arguments, specs, mesh_of(2, AxisType.Explicit))
         testing.assert_bitwise_equal(got, jax.jit(loss)(*arguments))
+
+
+# tokens
+
+
+def over_tokens(call: Any, devices: int, in_specs: Any, out_specs: Any) -> Any:
+    return jax.jit(jax.shard_map(call, mesh=mesh_of(devices), in_specs=in_specs, out_specs=out_specs))
+
+
+def zigzag(tokens: int, devices: int) -> np.ndarray:
+    """The tokens in the order in which devices have them."""
+    parts = np.arange(tokens).reshape(2 * devices, -1)
+    return np.concatenate([parts[[r, 2 * devices - 1 - r]].reshape(-1) for r in range(devices)])
+
+
+def mla_operands(tokens: int, heads: int = 2) -> list[jax.Array]:
+    return [floats(tokens, heads, 192, seed=1), floats(tokens, heads, 192, seed=2), floats(tokens, heads, 128, seed=3)]
+
+
+TOKENS = P("x")
+BY_TOKEN = (TOKENS, P(None, "x"))
+
+
+def relative_cu(tokens: int) -> dict[str, jax.Array]:
+    """Sequences of every kind: over all devices, within one, empty, of one token, none; and what is outside of all."""
+    at = lambda *fractions: offsets(*(round(f * tokens) for f in fractions))
+    return {
+        "one": at(0, 0, 1, 1, 1),
+        "many": at(0, 0.05, 0.4, 0.4, 1),
+        "holes": at(0.3, 0.31, 0.55, 0.55, 0.9),
+        "none": at(0.5, 0.5, 0.5, 0.5, 0.5),
+        "hostile": offsets(-5, tokens // 3, 2, 10**6, 7),
+    }
+
+
+class TestMla:
+    """Rows of a sequence over devices as on one: sums in another order."""
+
+    @staticmethod
+    def check(devices: int, length: int, layout: str = "contiguous", cus: Any = None, **options: Any) -> None:
+        tokens = devices * length
+        operands, order = mla_operands(tokens), np.arange(tokens)
+        if layout == "zigzag":
+            order = zigzag(tokens, devices)
+        options = {"out_dtype": jnp.float32, "return_lse": True, "implementation": "reference", **options}
+        call = functools.partial(sharding.mla_prefill_cp, axis_name="x", layout=layout, **options)
+        cp = over_tokens(lambda q, k, v, cu: call(q, k, v, cu_seqlens=cu), devices, (*[TOKENS] * 3, P()), BY_TOKEN)
+        one = jax.jit(lambda q, k, v, cu: fp8attn.mla_prefill(q, k, v, cu_seqlens_q=cu, **options))
+        for name, cu in relative_cu(tokens).items():
+            out, lse = cp(*(x[order] for x in operands), cu)
+            want, want_lse = one(*operands, cu)
+            np.testing.assert_allclose(out[np.argsort(order)], want, atol=BOUND, err_msg=name)
+            np.testing.assert_allclose(lse[:, np.argsort(order)], want_lse, atol=BOUND, err_msg=name)
+
+    @pytest.mark.parametrize(("devices", "length"), [(8, 7), (2, 24), (1, 30)])
+    def test_causal(self, devices: int, length: int) -> None:
+        """R17: odd and even numbers of tokens a device."""
+        self.check(devices, length)
+
+    def test_zigzag(self) -> None:
+        self.check(8, 6, "zigzag")
+
+    @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+    def test_all_keys(self, layout: str) -> None:
+        self.check(2, 10, layout, causal=False)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("devices", [3, 4])
+    def test_the_portable_implementation(self, devices: int) -> None:
+        self.check(devices, 25, implementation="xla")
+        self.check(devices, 26, implementation="xla", compute="bf16", softmax_scale=0.1)
+
+    @pytest.mark.parametrize("spec", [COLUMNS, fp8attn.Fp8PerGroup(128, "ue8m0", "row"), PACKED])
+    def test_quantised(self, spec: Any) -> None:
+        """Scales in their layout for the tokens of the device, the padding of each its own; keys travel as bytes."""
+        devices, length = 2, 13
+        operands = mla_operands(devices * length)
+        state = floats(devices * length, 2, 128, seed=4), floats(2, devices * length, seed=4)
+        call = functools.partial(sharding.mla_prefill_cp, axis_name="x", implementation="reference", output_quant=spec)
+        specs = (*[TOKENS] * 3, BY_TOKEN)
+        scales = TOKENS if spec.scale_layout == "row" else P(None, "x")
+        cp = over_tokens(
+            lambda q, k, v, state: call(q, k, v, initial_state=state, v_scale=0.5),
+            devices, specs, fp8attn.Fp8Array(TOKENS, scales, spec, length),
+        )  # fmt: skip
+        want = fp8attn.mla_prefill(*operands, initial_state=state, v_scale=0.5, out_dtype=jnp.float32)
+        compiled = cp.lower(*operands, state).compile()
+        got = compiled(*operands, state)
+        for device in range(devices):
+            rows = slice(device * length, (device + 1) * length)
+            own = jax.tree.map(lambda x: x.addressable_shards[device].data, got)  # noqa: B023
+            own = jax.device_put(own, jax.devices()[0])
+            assert own.scales.shape == spec.scale_shape(length, 2)
+            np.testing.assert_allclose(own.dequantize(), want[rows], rtol=0.07, atol=0.02)
+        moved = [shape for shape, name in collectives(compiled) if name == "collective-permute"]
+        assert any(shape.startswith("u8[") for shape in moved)
+        keys = [shape for shape in moved if ",192]" in shape]
+        assert keys and all(shape.startswith("u8[") for shape in keys)
+
+    def test_pairs_and_gradients(self) -> None:
+        """The rope part that heads share goes round the ring once; no derivative, as of the op."""
+        q, k, v = mla_operands(16)
+        call = lambda q, nope, rope, v: sharding.mla_prefill_cp(
+            q, (nope, rope), v, axis_name="x", out_dtype=jnp.float32, implementation="reference"
+        )
+        got = over_tokens(call, 2, (TOKENS,) * 4, TOKENS)(q, k[..., :128], k[:, 0, 128:], v)
+        want = fp8attn.mla_prefill(q, (k[..., :128], k[:, 0, 128:]), v, out_dtype=jnp.float32)
+        np.testing.assert_allclose(got, want, atol=BOUND)
+
+    def test_wrong_calls(self) -> None:
+        """R15"""
+        q, k, v = mla_operands(6)
+        with pytest.raises(InvalidInputError, match="axis_name is 'x'.*inside jax.shard_map"):
+            sharding.mla_prefill_cp(q, k, v, axis_name="x")
+        run = lambda call: jax.eval_shape(over_tokens(call, 2, (TOKENS,) * 3, TOKENS), q, k, v)
+        with pytest.raises(InvalidInputError, match="even number of tokens a device"):
+            run(functools.partial(sharding.mla_prefill_cp, axis_name="x", layout="zigzag"))
+        with pytest.raises(InvalidInputError, match="layout is 'ring'"):
+            run(functools.partial(sharding.mla_prefill_cp, axis_name="x", layout="ring"))
+        with pytest.raises(InvalidInputError, match="Keys are those of the same tokens"):
+            run(lambda q, k, v: sharding.mla_prefill_cp(q, k[1:], v[1:], axis_name="x"))
+        with pytest.raises(InvalidInputError, match="transpose|initial_state"):
+            state = lambda q: (q[..., :128], q[..., 0])
+            run(lambda q, k, v: sharding.mla_prefill_cp(q, k, v, axis_name="x", initial_state=state(q)))
+
+
+def gdn_operands(tokens: int, sequences: int, heads: int = 2, width: int = 8) -> list[jax.Array]:
+    q, k, v = (floats(tokens, heads, width, seed=seed) for seed in range(3))
+    g, beta = (jnp.abs(floats(tokens, heads, seed=seed)) for seed in (3, 4))
+    return [q, k / 3, v, -0.1 * g, beta / 2, floats(sequences, heads, width, width, seed=5)]
+
+
+class TestGdn:
+    @staticmethod
+    def check(devices: int, length: int, final_state: str = "replicated") -> None:
+        *tensors, states = gdn_operands(devices * length, 4)
+        options = {"qk_l2norm": True, "state_layout": "kv", "scale": 0.5}
+        call = functools.partial(sharding.gdn_prefill_cp, axis_name="x", final_state=final_state, **options)
+        cp = over_tokens(
+            lambda cu, state, *tensors: call(*tensors, cu_seqlens=cu, initial_state=state),
+            devices, (P(), P(), *[TOKENS] * 5), (TOKENS, TOKENS if final_state == "local" else P()),
+        )  # fmt: skip
+        one = jax.jit(lambda cu, s, *t: fp8attn.gdn_prefill(*t, cu_seqlens=cu, initial_state=s, **options))
+        for name, cu in relative_cu(devices * length).items():
+            # nothing of a sequence, or of what is outside, reaches another one
+            for spoiled in (None, int(np.clip(cu[0], 0, devices * length - 1))):
+                given = tensors if spoiled is None else [x.at[spoiled].set(jnp.nan) for x in tensors]
+                o, final = cp(cu, states, *given)
+                want, want_final = one(cu, states, *given)
+                if final_state == "local":
+                    final = jnp.nansum(final.reshape(devices, 4, *final.shape[1:]), 0)
+                    want_final = jnp.nan_to_num(want_final)
+                    assert spoiled is not None or name != "many" or (final != 0).any()
+                rows = slice(None) if spoiled is None else clean_rows(cu, spoiled, devices * length)
+                np.testing.assert_allclose(o[rows], want[rows], atol=3e-6, err_msg=name)
+                np.testing.assert_allclose(final, want_final, atol=3e-6, err_msg=name)
+
+    @pytest.mark.parametrize(("devices", "length"), [(8, 9), (2, 70), (1, 20)])
+    def test_sequences_over_devices(self, devices: int, length: int) -> None:
+        """R9, R17"""
+        self.check(devices, length)
+
+    @pytest.mark.slow
+    def test_final_states_where_sequences_end(self) -> None:
+        self.check(4, 33, "local")
+
+    @pytest.mark.slow
+    def test_gradients(self) -> None:
+        *tensors, states = gdn_operands(16, 1)
+        local = lambda state, *t: sharding.gdn_prefill_cp(*t, axis_name="x", initial_state=state)
+        cp = over_tokens(local, 2, (P(), *[TOKENS] * 5), (TOKENS, P()))
+        one = jax.jit(lambda state, *t: fp8attn.gdn_prefill(*t, initial_state=state))
+        weights = floats(16, 2, 8, seed=6)
+        grad = lambda f: jax.grad(lambda *x: jnp.vdot(weights, f(*x)[0]) + f(*x)[1].sum(), range(6))(states, *tensors)
+        for got, want in zip(grad(cp), grad(one), strict=True):
+            testing.assert_relative_error(got, want, 1e-5)
+
+    def test_one_message_a_device(self) -> None:
+        """What travels does not grow with the tokens: one all-gather of the transitions (and flags)."""
+        *tensors, _ = gdn_operands(32, 1)
+        call = functools.partial(sharding.gdn_prefill_cp, axis_name="x", return_final_state=False)
+        compiled = over_tokens(call, 2, (TOKENS,) * 5, TOKENS).lower(*tensors).compile()
+        assert {name for _, name in collectives(compiled)} == {"all-gather"}
+        assert all("16" not in re.findall(r"\d+", shape.partition("{")[0]) for shape, _ in collectives(compiled))
+
+    def test_wrong_calls(self) -> None:
+        """R15"""
+        *tensors, states = gdn_operands(8, 1)
+        run = lambda call: jax.eval_shape(over_tokens(call, 2, (TOKENS,) * 5, P()), *tensors)
+        with pytest.raises(InvalidInputError, match="final_state is 'all'"):
+            run(functools.partial(sharding.gdn_prefill_cp, axis_name="x", final_state="all"))
+        with pytest.raises(InvalidInputError, match=r"initial_state is float32\[1,2,8,7\]"):
+            run(lambda *t: sharding.gdn_prefill_cp(*t, axis_name="x", initial_state=states[..., :7]))
+
+
+def clean_rows(cu: jax.Array, spoiled: int, tokens: int) -> np.ndarray:
+    """Tokens of other sequences than the one of the token ``spoiled``, which has the NaN rows that it has."""
+    ends = np.maximum.accumulate(np.clip(np.asarray(cu), 0, tokens))
+    owner = np.searchsorted(ends, np.arange(tokens), side="right")
+    return owner != owner[spoiled]
+
+
+class TestMerge:
+    """What the devices of a decode context group have over their own keys."""
+
+    @pytest.mark.parametrize("layout", ["HT", "TH"])
+    @pytest.mark.parametrize("scatter", [True, False])
+    def test_equals_the_merge_of_all(self, scatter: bool, layout: str) -> None:
+        """Bitwise, empty states and rows with NaN in them included; each device quantises its own heads."""
+        n, tokens, heads = 8, 5, 16
+        outs, lses = floats(n, tokens, heads, 128), floats(n, heads, tokens)
+        empty = np.random.default_rng(1).random(lses.shape) < 0.5
+        empty[:, 3, 2] = True
+        lses = jnp.where(empty, -jnp.inf, lses).at[0, 0, 0].set(jnp.inf)
+        outs = outs.at[0, 0, 0].set(jnp.nan).at[:, 2, 3].set(jnp.nan)
+        lses = lses if layout == "HT" else jnp.swapaxes(lses, 1, 2)
+        options = {"return_lse": True, "lse_layout": layout}
+        by_head = (P(None, "x"), P("x") if layout == "HT" else P(None, "x"))
+        call = lambda out, lse: sharding.merge_attn_states_cp(
+            out[0], lse[0], axis_name="x", scatter_heads=scatter, **options
+        )
+        alike = jax.tree.map(lambda _: P("x"), by_head)
+        specs = by_head if scatter else alike
+        got, lse = over_tokens(call, n, (TOKENS, TOKENS), specs)(outs, lses)
+        if not scatter:
+            got, lse = got[:tokens], lse[: lses.shape[1]]
+        want = jax.jit(functools.partial(fp8attn.merge_attn_states_n, **options))(outs, lses)
+        testing.assert_bitwise_equal((got, lse), want)
+        assert not np.asarray(got)[2, 3].any()
+
+    def test_quantised(self) -> None:
+        outs, lses = floats(2, 3, 8, 128), floats(2, 8, 3)
+        call = lambda out, lse: sharding.merge_attn_states_cp(out[0], lse[0], axis_name="x", output_quant=PACKED)
+        specs = fp8attn.Fp8Array(P(None, "x"), P("x"), PACKED, 3)
+        got = over_tokens(call, 2, (TOKENS, TOKENS), specs)(outs, lses)
+        want = jax.jit(functools.partial(fp8attn.merge_attn_states_n, output_quant=PACKED))(outs, lses)
+        testing.assert_bitwise_equal(jax.tree.leaves(got), jax.tree.leaves(want))
+
+    def test_heads_that_devices_do_not_divide(self) -> None:
+        """R15"""
+        call = lambda out, lse: sharding.merge_attn_states_cp(out[0], lse[0], axis_name="x")
+        with pytest.raises(InvalidInputError, match=r"heads that 2 devices divide.*scatter_heads=False"):
+            jax.eval_shape(over_tokens(call, 2, (TOKENS, TOKENS), P()), floats(2, 3, 5, 32), floats(2, 5, 3))
