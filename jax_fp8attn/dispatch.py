@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import custom_vmap
@@ -51,6 +52,7 @@ class Candidate:
     platforms: tuple[str, ...] = ()  # empty: any
     missing: str = ""
     pieces: bool = False  # of others are needed: the module's missing(device) names those that are not here
+    calls: tuple[str, ...] = ()  # targets of custom calls that JAX does not know to be stable
 
 
 _XLA = "jax_fp8attn.xla"
@@ -70,7 +72,13 @@ CANDIDATES: dict[str, tuple[Candidate, ...]] = {
     "mla_prefill": _table(
         "mla_prefill",
         Candidate("pallas", "jax_fp8attn.pallas.mla_prefill_sm90", platforms=("cuda",)),
-        Candidate("aiter", f"{_CUSTOM_CALLS}.aiter_mla_prefill", platforms=("rocm",), pieces=True),
+        Candidate(
+            "aiter",
+            f"{_CUSTOM_CALLS}.aiter_mla_prefill",
+            platforms=("rocm",),
+            pieces=True,
+            calls=("jax_fp8attn.aiter_mla_prefill",),
+        ),
         _absent("flashinfer", "the FlashInfer call of mla_prefill"),
     ),
     "merge_attn_states": _table("merge", Candidate("pallas", "jax_fp8attn.pallas.merge_sm90", platforms=("cuda",))),
@@ -191,6 +199,16 @@ def select(op: str, problem: Any, implementation: Implementation = None, device:
     asked = "automatic choice" if names is None else " or ".join(repr(name) for name in names)
     where = f"{device.platform} {device.kind}".rstrip()
     raise UnsupportedError(f"{op}: {asked} cannot serve this call on {where}:", reasons)
+
+
+def export_checks() -> list[jax.export.DisabledSafetyCheck]:
+    """``disabled_checks`` of ``jax.export.export``: the custom calls of this package that JAX must be told to allow.
+
+    The process that loads the export needs the package, and registers the calls by importing what it needs of it;
+    kernels by Pallas need no entry.
+    """
+    targets = sorted({target for rows in CANDIDATES.values() for row in rows for target in row.calls})
+    return [jax.export.DisabledSafetyCheck.custom_call(target) for target in targets]
 
 
 def elsewhere(op: str, name: str, implementation: Implementation) -> str | None:
