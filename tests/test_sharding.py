@@ -346,13 +346,14 @@ TOKENS = P("x")
 BY_TOKEN = (TOKENS, P(None, "x"))
 
 
-def relative_cu(tokens: int) -> dict[str, jax.Array]:
+def relative_cu(tokens: int, length: int) -> dict[str, jax.Array]:
     """Sequences of every kind: over all devices, within one, empty, of one token, none; and what is outside of all."""
     at = lambda *fractions: offsets(*(round(f * tokens) for f in fractions))
     return {
         "one": at(0, 0, 1, 1, 1),
         "many": at(0, 0.05, 0.4, 0.4, 1),
         "holes": at(0.3, 0.31, 0.55, 0.55, 0.9),
+        "borders": offsets(0, length, length + 1, 2 * length + 1, tokens),
         "none": at(0.5, 0.5, 0.5, 0.5, 0.5),
         "hostile": offsets(-5, tokens // 3, 2, 10**6, 7),
     }
@@ -371,7 +372,7 @@ class TestMla:
         call = functools.partial(sharding.mla_prefill_cp, axis_name="x", layout=layout, **options)
         cp = over_tokens(lambda q, k, v, cu: call(q, k, v, cu_seqlens=cu), devices, (*[TOKENS] * 3, P()), BY_TOKEN)
         one = jax.jit(lambda q, k, v, cu: fp8attn.mla_prefill(q, k, v, cu_seqlens_q=cu, **options))
-        for name, cu in relative_cu(tokens).items():
+        for name, cu in relative_cu(tokens, length).items():
             out, lse = cp(*(x[order] for x in operands), cu)
             want, want_lse = one(*operands, cu)
             np.testing.assert_allclose(out[np.argsort(order)], want, atol=BOUND, err_msg=name)
@@ -472,7 +473,7 @@ class TestGdn:
             devices, (P(), P(), *[TOKENS] * 5), (TOKENS, TOKENS if final_state == "local" else P()),
         )  # fmt: skip
         one = jax.jit(lambda cu, s, *t: fp8attn.gdn_prefill(*t, cu_seqlens=cu, initial_state=s, **options))
-        for name, cu in relative_cu(devices * length).items():
+        for name, cu in relative_cu(devices * length, length).items():
             # nothing of a sequence, or of what is outside, reaches another one
             for spoiled in (None, int(np.clip(cu[0], 0, devices * length - 1))):
                 given = tensors if spoiled is None else [x.at[spoiled].set(jnp.nan) for x in tensors]
