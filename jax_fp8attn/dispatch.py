@@ -22,10 +22,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import custom_vmap
 
+from jax_fp8attn import partition
 from jax_fp8attn.errors import InvalidInputError, UnsupportedError
 
 Implementation = str | Sequence[str] | None
@@ -50,6 +52,7 @@ class Candidate:
     platforms: tuple[str, ...] = ()  # empty: any
     missing: str = ""
     pieces: bool = False  # of others are needed: the module's missing(device) names those that are not here
+    calls: tuple[str, ...] = ()  # targets of custom calls that JAX does not know to be stable
 
 
 _XLA = "jax_fp8attn.xla"
@@ -69,7 +72,13 @@ CANDIDATES: dict[str, tuple[Candidate, ...]] = {
     "mla_prefill": _table(
         "mla_prefill",
         Candidate("pallas", "jax_fp8attn.pallas.mla_prefill_sm90", platforms=("cuda",)),
-        Candidate("aiter", f"{_CUSTOM_CALLS}.aiter_mla_prefill", platforms=("rocm",), pieces=True),
+        Candidate(
+            "aiter",
+            f"{_CUSTOM_CALLS}.aiter_mla_prefill",
+            platforms=("rocm",),
+            pieces=True,
+            calls=("jax_fp8attn.aiter_mla_prefill",),
+        ),
         _absent("flashinfer", "the FlashInfer call of mla_prefill"),
     ),
     "merge_attn_states": _table("merge", Candidate("pallas", "jax_fp8attn.pallas.merge_sm90", platforms=("cuda",))),
@@ -194,6 +203,16 @@ def select(op: str, problem: Any, implementation: Implementation = None, device:
     raise UnsupportedError(f"{op}: {asked} cannot serve this call on {where}:", reasons)
 
 
+def export_checks() -> list[jax.export.DisabledSafetyCheck]:
+    """``disabled_checks`` of ``jax.export.export``: the custom calls of this package that JAX must be told to allow.
+
+    The process that loads the export needs the package, and registers the calls by importing what it needs of it;
+    kernels by Pallas need no entry.
+    """
+    targets = sorted({target for rows in CANDIDATES.values() for row in rows for target in row.calls})
+    return [jax.export.DisabledSafetyCheck.custom_call(target) for target in targets]
+
+
 def elsewhere(op: str, name: str, implementation: Implementation) -> str | None:
     """What runs in place of ``name`` where the program ends up on another platform than it was traced for.
 
@@ -267,12 +286,14 @@ class Op:
     fold(problem, arrays, size, batched) -> problem, arrays, unfold
         a vmapped call of ``size`` instances as one call; ``batched`` mirrors ``arrays`` with bools
     backward(problem, arrays, cotangents) -> cotangents of arrays, or None for an op without a derivative
+    heads(problem) -> partition.Heads, or None for an op that is not cut by heads
     """
 
     name: str
     prepare: Callable[[Any, Any], Any]
     fold: Callable[[Any, Any, int, Any], tuple[Any, Any, Callable[[Any], Any]]]
     backward: Callable[[Any, Any, Any], Any] | None = None
+    heads: Callable[[Any], partition.Heads] | None = None
 
 
 class _Explained(Exception):
@@ -339,25 +360,32 @@ def call(op: Op, problem: Any, arrays: Any, implementation: Implementation) -> A
 def execute(op: Op, problem: Any, names: tuple[str, str | None], arrays: Any) -> Any:
     """Runs an implementation under the op's batching and differentiation rules; the second name on other platforms."""
     with jax.named_scope(f"jax_fp8attn.{op.name}.{names[0]}"):
-        return _with_derivative(op, problem, names)(op.prepare(problem, arrays))
+        run = lambda problem: _with_derivative(op, problem, names)
+        arrays = op.prepare(problem, arrays)
+        if (mesh := partition.explicit_mesh(arrays)) is not None:
+            return partition.by_type(op.name, op.heads and op.heads(problem), problem, run, mesh)(arrays)
+        return run(problem)(arrays)
 
 
-def _run(op: str, problem: Any, names: tuple[str, str | None], arrays: Any) -> Any:
-    chosen, other = (_by_name(op, name) if name else None for name in names)
+def _run(op: Op, problem: Any, names: tuple[str, str | None], arrays: Any) -> Any:
+    chosen, other = (_by_name(op.name, name) if name else None for name in names)
 
-    def runner(candidate: Candidate) -> Callable[[Any], Any]:
-        return functools.partial(importlib.import_module(candidate.module).run, problem)
+    def run(problem: Any) -> Callable[[Any], Any]:
+        runner = lambda candidate: functools.partial(importlib.import_module(candidate.module).run, problem)
+        if other is None:
+            return runner(chosen)
+        fast = dict.fromkeys(chosen.platforms, runner(chosen))
+        return lambda arrays: jax.lax.platform_dependent(arrays, default=runner(other), **fast)
 
-    if other is None:
-        return runner(chosen)(arrays)
-    fast = dict.fromkeys(chosen.platforms, runner(chosen))
-    return jax.lax.platform_dependent(arrays, default=runner(other), **fast)
+    if not chosen.platforms:  # jax.numpy code, which the compiler partitions by itself
+        return run(problem)(arrays)
+    return partition.by_compiler(op.heads and op.heads(problem), problem, run)(arrays)
 
 
 def _with_batching(op: Op, problem: Any, names: tuple[str, str | None]) -> Callable[[Any], Any]:
     @custom_vmap
     def run(arrays: Any) -> Any:
-        return _run(op.name, problem, names, arrays)
+        return _run(op, problem, names, arrays)
 
     @run.def_vmap
     def _(size: int, batched: Sequence[Any], arrays: Any) -> tuple[Any, Any]:

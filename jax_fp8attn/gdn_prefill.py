@@ -17,6 +17,7 @@ from jax.custom_batching import custom_vmap
 
 from jax_fp8attn import checks, dispatch, offsets
 from jax_fp8attn.folding import broadcast_instances, merge_axes, unfold_axis
+from jax_fp8attn.partition import ALL, Heads
 from jax_fp8attn.problems import (
     GDN_CHUNK,
     GdnArrays,
@@ -646,5 +647,12 @@ def _vjp(problem: GdnProblem) -> Callable[[GdnArrays, Any], GdnArrays]:
     return run
 
 
-OP = dispatch.Op("gdn_prefill", _prepare, _fold, _backward)
+def _heads(problem: GdnProblem) -> Heads:
+    of_heads = ("q", "k", "v", "g", "beta", "initial_state")
+    arrays = GdnArrays(**{name: 1 if name in of_heads else ALL for name in GdnArrays._fields})
+    results = 2 if problem.transition else 1 + problem.return_final_state + bool(problem.checkpoint_every)
+    return Heads(("q_heads", "k_heads", "v_heads"), arrays, (1,) * results)
+
+
+OP = dispatch.Op("gdn_prefill", _prepare, _fold, _backward, heads=_heads)
 POOL_OP = dispatch.Op("gdn_prefill_pool", _prepare_pool, _fold)

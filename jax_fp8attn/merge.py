@@ -12,6 +12,7 @@ import numpy as np
 
 from jax_fp8attn import checks, dispatch, offsets
 from jax_fp8attn.folding import broadcast_instances, merge_axes, unfold_axis, unfold_tokens
+from jax_fp8attn.partition import ALL, Heads, output_axes
 from jax_fp8attn.problems import MergeArrays, MergeProblem, Output
 from jax_fp8attn.quantize import Fp8PerTensor, Fp8Spec, check_spec
 
@@ -260,4 +261,10 @@ def _fold(
     )
 
 
-OP = dispatch.Op("merge_attn_states", _prepare, _fold)
+def _heads(problem: MergeProblem) -> Heads:
+    lse = problem.lse_layout.index("H")
+    arrays = MergeArrays(outputs=problem.stacked + 1, lses=problem.stacked + lse, context_count=ALL, output_scale=ALL)
+    return Heads(("heads",), arrays, (*output_axes(problem.output_quant), *[lse] * problem.return_lse))
+
+
+OP = dispatch.Op("merge_attn_states", _prepare, _fold, heads=_heads)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax_fp8attn import checks, dispatch, offsets
 from jax_fp8attn.errors import UnsupportedError
 from jax_fp8attn.folding import broadcast_instances, merge_axes, unfold_axis, unfold_tokens
+from jax_fp8attn.partition import ALL, Heads, output_axes
 from jax_fp8attn.problems import MlaArrays, MlaProblem, Output
 from jax_fp8attn.quantize import E4M3, Fp8Array, Fp8PerTensor, Fp8Spec, check_spec
 
@@ -107,7 +108,7 @@ def mla_prefill(
     cu_seqlens_q, cu_seqlens_k = _offsets(op, cu_seqlens_q, cu_seqlens_k, tokens, keys)
     for name, value in (("causal", causal), ("return_lse", return_lse)):
         checks.flag(op, name, value)
-    compute = _compute(op, compute)
+    compute = resolved_compute(op, compute)
     output_scale = None
     if output_quant is not None:
         check_spec(op, "output_quant", output_quant, v.shape[-1])
@@ -194,7 +195,8 @@ def _offsets(op: str, cu_q: Any, cu_k: Any, tokens: int, keys: int) -> tuple[jax
     )
 
 
-def _compute(op: str, compute: Any) -> str:
+def resolved_compute(op: str, compute: Any) -> str:
+    """What ``compute`` means; None asks the environment."""
     if compute is None:
         return "bf16" if os.environ.get("JAX_FP8ATTN_FP8_PREFILL", "1").strip() == "0" else "fp8"
     checks.option(op, "compute", compute, ("fp8", "bf16"))
@@ -263,4 +265,10 @@ def _fold(
     return dataclasses.replace(problem, **counts), folded, unfold
 
 
-OP = dispatch.Op("mla_prefill", _prepare, _fold)
+def _heads(problem: MlaProblem) -> Heads:
+    of_heads = {"q": 1, "k": 1, "v": 1, "initial_out": 1, "initial_lse": 0}
+    arrays = MlaArrays(**{name: of_heads.get(name, ALL) for name in MlaArrays._fields})
+    return Heads(("heads",), arrays, (*output_axes(problem.output_quant), *[0] * problem.return_lse))
+
+
+OP = dispatch.Op("mla_prefill", _prepare, _fold, heads=_heads)

@@ -14,6 +14,7 @@ from jax_fp8attn import checks, dispatch
 from jax_fp8attn.errors import InvalidInputError
 from jax_fp8attn.folding import broadcast_instances, merge_axes, unfold_axis
 from jax_fp8attn.latent import WIDTH, Fp8Latent, check_latent
+from jax_fp8attn.partition import ALL, Heads
 from jax_fp8attn.problems import PoolForm, RowForm, SparseArrays, SparsePool, SparseProblem
 
 FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -324,4 +325,9 @@ def _fold_axis(x: Any, batched: Any, size: int) -> Any:
     return jax.tree.map(lambda leaf: merge_axes(leaf, 0), broadcast_instances(x, batched, size))
 
 
-OP = dispatch.Op("sparse_prefill", _prepare, _fold)
+def _heads(problem: SparseProblem) -> Heads:
+    arrays = SparseArrays(q=1, prefix=ALL, extend=ALL, softmax_scale=ALL, sink=1)
+    return Heads(("heads",), arrays, (1, 0) if problem.return_lse else (1,))
+
+
+OP = dispatch.Op("sparse_prefill", _prepare, _fold, heads=_heads)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_fp8attn.folding import as_varying
 from jax_fp8attn.problems import GDN_CHUNK, GdnArrays, GdnPoolProblem, GdnProblem
 from jax_fp8attn.reference.precision import exact_float
 
@@ -69,7 +70,7 @@ def sequential(problem: GdnProblem, arrays: GdnArrays) -> tuple[jax.Array, jax.A
             checkpoints = jnp.where(row[t] >= 0, checkpoints.at[row[t]].set(state), checkpoints)
         return (state, final, checkpoints), jnp.where(inside, out, 0.0)
 
-    start = (jnp.zeros_like(initial[0]), initial, checkpoints)
+    start = as_varying((jnp.zeros_like(initial[0]), initial, checkpoints), arrays)
     (_, final, checkpoints), out = lax.scan(token, start, jnp.arange(problem.tokens))
     return out, final, checkpoints
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_fp8attn.dispatch import Device
+from jax_fp8attn.folding import as_varying
 from jax_fp8attn.problems import MlaArrays, MlaProblem
 from jax_fp8attn.quantize import E4M3, quantize_output, to_stored
 from jax_fp8attn.xla.merge import merge_weights, weighted
@@ -146,7 +147,7 @@ def _attention(problem: MlaProblem, arrays: MlaArrays) -> tuple[jax.Array, jax.A
         new = _tile(problem, arrays, operands, blocks, tile, first)
         return tuple(_write_rows(old, x, first, tile.rows) for old, x in zip(results, new, strict=True)), None
 
-    out, lse = lax.scan(step, empty, _tiles(arrays, blocks))[0]
+    out, lse = lax.scan(step, as_varying(empty, arrays), _tiles(arrays, blocks))[0]
     return out[: problem.tokens], lse[: problem.tokens]
 
 
@@ -189,7 +190,7 @@ def _tile(
         jnp.zeros((heads, blocks.q), jnp.float32),
         jnp.zeros((heads, blocks.q, problem.v_width), jnp.float32),
     )
-    top, total, out = lax.fori_loop(0, -(-jnp.max(visible) // blocks.k), step, start)
+    top, total, out = lax.fori_loop(0, -(-jnp.max(visible) // blocks.k), step, as_varying(start, arrays))
     some = (visible > 0)[None]
     out = jnp.where(some[..., None], out / total[..., None] * operands.v_scale[instance], 0.0)
     lse = jnp.where(some, top + jnp.log(total), -jnp.inf)
