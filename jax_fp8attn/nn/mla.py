@@ -34,7 +34,7 @@ class MLAConfig:
     num_heads: int
     q_lora_rank: int | None = None
     kv_lora_rank: int = 512
-    rope: Rope = Rope()
+    rope: Rope = dataclasses.field(default_factory=Rope)
     rms_norm_eps: float = 1e-6
     attention_bias: bool = False
 
@@ -167,10 +167,8 @@ class MLAttention(nnx.Module):
         return context(op, batch.context_lengths, requests, tables.shape[1] * cache.shape[1])
 
     def _queries(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-        if self.config.q_lora_rank is None:
-            q = self.q_proj(x)
-        else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        direct = self.config.q_lora_rank is None
+        q = self.q_proj(x) if direct else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q = q.reshape(x.shape[0], self.config.num_heads, NOPE + ROPE)
         return jnp.concatenate([q[..., :NOPE], rotate(q[..., NOPE:], cos, sin)], axis=-1)
 

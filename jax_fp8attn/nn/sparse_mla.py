@@ -40,7 +40,7 @@ class SparseMLAConfig:
     o_groups: int = 8
     window: int = 128
     compress_ratio: int = 0
-    rope: Rope = Rope()
+    rope: Rope = dataclasses.field(default_factory=Rope)
     rms_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
