@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import nn_models
 import numpy as np
 import pytest
@@ -105,11 +106,11 @@ MLA_CONFIG = {
 TABLES = [[6, 1, 4], [0, 3, 9], [2, 8, 5]]  # blocks of 8 positions
 
 
-def make_mla(tensors: Any, config: Any, dtype: Any = jnp.float32, **options: Any) -> nn.MLAttention:
+def make_mla(
+    tensors: Any, config: Any, dtype: Any = jnp.float32, kind: Any = nn.MLAttention, **options: Any
+) -> nn.MLAttention:
     options = {"compute": "bf16", "workspace_tokens": 8, **options}
-    module = nn.MLAttention(
-        nn.MLAConfig.from_config(config), dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0), **options
-    )
+    module = kind(nn.MLAConfig.from_config(config), dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0), **options)
     nn.load_checkpoint(module, tensors)
     return module
 
@@ -188,7 +189,7 @@ class TestMLAttention:
         assert relative_error(out[: sum(LENGTHS)], expected[: sum(LENGTHS)]) < 1e-5
 
     def test_fp8(self, mla: SimpleNamespace) -> None:
-        """bf16 weights, FP8 attention, FP8 output a group into o_proj, in steps: what the model has in FP8."""
+        """FP8 attention and FP8 output a group into o_proj, in steps: exactly what the model rounds."""
         seen = []
 
         class Recording(nn.MLAttention):
@@ -196,24 +197,21 @@ class TestMLAttention:
                 seen.append(out)
                 return super().project_output(out)
 
-        config = nn.MLAConfig.from_config(MLA_CONFIG)
         spec = Fp8PerGroup.deepgemm_sm90()
-        module = Recording(config, compute="fp8", output_quant=spec, workspace_tokens=8, rngs=nnx.Rngs(0))
-        nn.load_checkpoint(module, mla.tensors)
-        made = compiled(module)
-        cache = jnp.full_like(module.init_cache(10, 8), jnp.nan)
-        assert cache.dtype == jnp.bfloat16
-        out = in_steps(mla_call(made.step), mla.x, LENGTHS, STEPS[0], cache)[: sum(LENGTHS)]
+        made = compiled(make_mla(mla.tensors, MLA_CONFIG, kind=Recording, compute="fp8", output_quant=spec))
+        out = in_steps(mla_call(made.step), mla.x, LENGTHS, STEPS[0], mla.cache)[: sum(LENGTHS)]
         assert isinstance(seen[0], Fp8Array) and seen[0].spec == spec and made.counter.traces == 1
         assert relative_error(out, mla.expected) > 0.03
         model = quick_jit(lambda w, x: nn_models.mla(w, x, *numbered(LENGTHS, TOKENS), 2, 1e4, YARN, fp8=True))
-        assert relative_error(out, model(mla.tensors, mla.x)[: sum(LENGTHS)]) < 0.02
+        assert relative_error(out, model(mla.tensors, mla.x)[: sum(LENGTHS)]) < 2e-3
 
-    def test_bf16(self, mla: SimpleNamespace) -> None:
-        """bf16 throughout."""
-        made = compiled(make_mla(mla.tensors, MLA_CONFIG, jnp.bfloat16))
+    @pytest.mark.parametrize(("compute", "bound"), [("bf16", 0.015), ("fp8", 0.07)])
+    def test_bf16(self, mla: SimpleNamespace, compute: str, bound: float) -> None:
+        """Weights, activations and cache in bf16."""
+        made = compiled(make_mla(mla.tensors, MLA_CONFIG, jnp.bfloat16, compute=compute))
+        assert made.module.init_cache(1, 8).dtype == jnp.bfloat16
         out, _ = made.step(mla.x, nn.PagedBatch(offsets(LENGTHS)))
-        assert relative_error(out[: sum(LENGTHS)], mla.expected) < 0.015
+        assert relative_error(out[: sum(LENGTHS)], mla.expected) < bound
 
     def test_config(self) -> None:
         config = nn.MLAConfig.from_config(MLA_CONFIG)
@@ -315,7 +313,7 @@ class TestGatedDeltaNet:
     def test_bf16(self, gdn: SimpleNamespace) -> None:
         made = compiled(make_gdn(gdn.tensors, jnp.bfloat16))
         out, _ = gdn_call(made.step)(gdn.x, GDN_LENGTHS, (0, 0, 0), made.module.init_cache(5))
-        assert relative_error(out[: sum(GDN_LENGTHS)], gdn.expected) < 0.015
+        assert relative_error(out[: sum(GDN_LENGTHS)], gdn.expected) < 0.025
 
     def test_qwen3_5(self, gdn: SimpleNamespace) -> None:
         """Four projections instead of two."""
@@ -323,9 +321,7 @@ class TestGatedDeltaNet:
         shapes |= {"in_proj_qkv.weight": (128, HIDDEN), "in_proj_z.weight": (64, HIDDEN)}
         shapes |= {"in_proj_b.weight": (4, HIDDEN), "in_proj_a.weight": (4, HIDDEN)}
         tensors = weights(shapes)
-        nn.load_checkpoint(gdn.module, tensors)
-        state = nnx.state(gdn.module)
-        nn.load_checkpoint(gdn.module, gdn.tensors)
+        state = nnx.state(make_gdn(tensors))
         out, _ = gdn_call(functools.partial(gdn.step.func, state))(gdn.x, GDN_LENGTHS, (0, 0, 0), gdn.cache)
         expected = gdn.model(tensors, gdn.x)[: sum(GDN_LENGTHS)]
         assert relative_error(out[: sum(GDN_LENGTHS)], expected) < 1e-5
@@ -337,3 +333,239 @@ class TestGatedDeltaNet:
             gdn.module(gdn.x, batch, gdn.cache)
         with pytest.raises(InvalidInputError, match=r"x is float32\[96,47\]"):
             gdn.module(gdn.x[:, :-1], batch, gdn.cache)
+
+
+WINDOW, HEADS, GROUPS = 8, 4, 2
+SPARSE_SHAPES = {
+    "wq_a.weight": (24, HIDDEN), "q_norm.weight": (24,), "wq_b.weight": (HEADS * 512, 24), "wkv.weight": (512, HIDDEN),
+    "kv_norm.weight": (512,), "attn_sink": (HEADS,), "wo_a.weight": (GROUPS * 16, HEADS // GROUPS * 512),
+    "wo_b.weight": (HIDDEN, GROUPS * 16),
+}  # fmt: skip
+
+
+def sparse_shapes(ratio: int) -> dict[str, tuple[int, ...]]:
+    columns = 1024 if ratio == 4 else 512
+    made = {"wkv.weight": (columns, HIDDEN), "wgate.weight": (columns, HIDDEN), "ape": (ratio, columns)}
+    made["norm.weight"] = (512,)
+    return SPARSE_SHAPES | ({f"compressor.{name}": shape for name, shape in made.items()} if ratio else {})
+
+
+def make_sparse(tensors: Any, ratio: int, dtype: Any = jnp.float32) -> nn.SparseMLAttention:
+    config = nn.SparseMLAConfig(HIDDEN, HEADS, 24, 16, GROUPS, WINDOW, ratio, nn.Rope(4e4))
+    module = nn.SparseMLAttention(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
+    nn.load_checkpoint(module, tensors)
+    return module
+
+
+def sparse_call(step: Any, slots: Any = SLOTS, tables: Any = TABLES) -> Any:
+    """All compressed rows: as the default for ratio 128, by ``selected`` for ratio 4."""
+
+    def call(x: jax.Array, counts: Any, before: Any, cache: Any, selected: Any = None) -> Any:
+        batch = nn.WindowBatch(offsets(counts), int32(before), int32(slots), int32(tables))
+        if cache.kv.shape[1] != 8:
+            return step(x, batch, cache)
+        every = np.broadcast_to(np.arange(24), (x.shape[0], 24))
+        return step(x, batch, cache, int32(every if selected is None else selected))
+
+    return call
+
+
+def poisoned(cache: nn.SparseMLACache) -> nn.SparseMLACache:
+    """NaN everywhere: byte 0x7F is one in e4m3, byte 255 one in E8M0."""
+    fill = lambda z: jnp.full(z.shape, 255, z.dtype) if z.dtype == jnp.uint8 else jnp.full_like(z, jnp.nan)
+    return jax.tree.map(fill, cache)
+
+
+SPARSE_CASES = {
+    0: ((17, 0, 14), 40, STEPS),
+    4: ((17, 0, 14), 40, STEPS),
+    128: ((130, 0, 270), 416, [[(100, 0, 1), (30, 0, 126), (0, 0, 2), (0, 0, 141)]]),
+}
+
+
+@pytest.fixture(scope="module", params=[0, 4, 128], ids=["window", "ratio4", "ratio128"])
+def sparse(request: pytest.FixtureRequest) -> SimpleNamespace:
+    ratio = request.param
+    lengths, total, steps = SPARSE_CASES[ratio]
+    tensors = weights(sparse_shapes(ratio))
+    made = compiled(make_sparse(tensors, ratio))
+    x = inputs(total, lengths)
+    cache = poisoned(made.module.init_cache(5, 10, 8))
+
+    @quick_jit
+    def model(w: Any, x: Any, chosen: Any = None) -> jax.Array:
+        args = (*numbered(lengths, total), lengths, HEADS, GROUPS, WINDOW, ratio, 4e4, chosen)
+        return nn_models.sparse_mla(w, x, *args)
+
+    expected = np.asarray(model(tensors, x))[: sum(lengths)]
+    fields = {"ratio": ratio, "lengths": lengths, "total": total, "steps": steps, "tensors": tensors, "x": x}
+    return SimpleNamespace(**vars(made), **fields, cache=cache, model=model, expected=expected)
+
+
+class TestSparseMLAttention:
+    """Bounds leave room for codes that fall on the other side of a rounding step: 6 % of one number each."""
+
+    def test_one_shot(self, sparse: SimpleNamespace) -> None:
+        """The model's outputs out of a cache full of NaN."""
+        out, cache = sparse_call(sparse.step)(sparse.x, sparse.lengths, (0, 0, 0), sparse.cache)
+        assert relative_error(out[: sum(sparse.lengths)], sparse.expected) < 1e-3
+        assert not np.asarray(out)[sum(sparse.lengths) :].any()
+        rows = np.asarray(cache.rows.scale)[:, 0] != 255  # written
+        windows = rows[: 5 * WINDOW].reshape(5, WINDOW)
+        assert windows[[4, 2]].all() and not windows[[0, 1, 3]].any()
+        made = sum(n // sparse.ratio for n in sparse.lengths) if sparse.ratio else 0
+        assert rows[5 * WINDOW :].sum() == made
+
+    def test_in_steps(self, sparse: SimpleNamespace) -> None:
+        """Any split into calls, within windows and within compressed rows, is the one shot."""
+        for steps in sparse.steps:
+            out = in_steps(sparse_call(sparse.step), sparse.x, sparse.lengths, steps, sparse.cache)
+            assert relative_error(out[: sum(sparse.lengths)], sparse.expected) < 1e-3
+        assert sparse.counter.traces == 1  # of this test and the one before
+
+    def test_selected(self, sparse: SimpleNamespace) -> None:
+        """A choice of compressed rows; numbers below 0 and rows to come are skipped."""
+        if sparse.ratio != 4:
+            pytest.skip("one compress_ratio shows it")
+        rng = np.random.default_rng(1)
+        choice = np.full((sparse.total, 24), -1)
+        choice[:, 5:8] = [rng.permutation(6)[:3] - 1 for _ in range(sparse.total)]  # -1..4
+        chosen = (choice[:, :, None] == np.arange(4)).any(1)  # the longest request has four rows
+        out, _ = sparse_call(sparse.step)(sparse.x, sparse.lengths, (0, 0, 0), sparse.cache, choice)
+        expected = sparse.model(sparse.tensors, sparse.x, chosen)[: sum(sparse.lengths)]
+        assert relative_error(expected, sparse.expected) > 0.05
+        assert relative_error(out[: sum(sparse.lengths)], expected) < 1e-3
+
+    @pytest.mark.parametrize("bad", [-1, 10, 2**31 - 1, -(2**31)])
+    def test_hostile(self, sparse: SimpleNamespace, bad: int) -> None:
+        """A bad slot, table or context length of one request changes no bit of another's result and cache."""
+        call = sparse_call(sparse.step)
+        _, cache = call(sparse.x, sparse.lengths, (0, 0, 0), sparse.cache)
+        before = (sparse.lengths[0], 0, sparse.lengths[2])
+        good, good_cache = call(sparse.x, (3, 4, 2), before, cache)
+        tables, slots = [TABLES[0], [bad] * 3, TABLES[2]], (SLOTS[0], bad, SLOTS[2])
+        hostile = sparse_call(sparse.step, slots, tables)
+        out, bad_cache = hostile(sparse.x, (3, 4, 2), (before[0], bad, before[2]), cache)
+        others = np.r_[0:3, 7:9]
+        np.testing.assert_array_equal(np.asarray(out)[others], np.asarray(good)[others])
+        owned = np.r_[*[np.arange(s * WINDOW, (s + 1) * WINDOW) for s in (4, 2)]]
+        owned = np.r_[owned, *[5 * WINDOW + np.arange(b * 8, (b + 1) * 8) for b in np.ravel(TABLES[0] + TABLES[2])]]
+        for new, old in zip(jax.tree.leaves(bad_cache.rows), jax.tree.leaves(good_cache.rows), strict=True):
+            np.testing.assert_array_equal(np.asarray(new)[owned].view(np.uint8), np.asarray(old)[owned].view(np.uint8))
+        np.testing.assert_array_equal(bad_cache.kv[jnp.array([4, 2])], good_cache.kv[jnp.array([4, 2])])
+
+    def test_bf16(self, sparse: SimpleNamespace) -> None:
+        """Codes of rows that were rounded to bf16 first are often the next ones: FP8's error, not bf16's."""
+        if sparse.ratio:
+            pytest.skip("one compress_ratio shows it")
+        made = compiled(make_sparse(sparse.tensors, 0, jnp.bfloat16))
+        out, _ = sparse_call(made.step)(sparse.x, sparse.lengths, (0, 0, 0), made.module.init_cache(5, 10, 8))
+        assert relative_error(out[: sum(sparse.lengths)], sparse.expected) < 0.05
+
+    def test_wrong_calls(self) -> None:
+        with pytest.raises(InvalidInputError, match="compress_ratio is 8; expected one of 0, 4, 128"):
+            nn.SparseMLAConfig(HIDDEN, HEADS, compress_ratio=8)
+        with pytest.raises(InvalidInputError, match="num_heads is 4; expected a multiple of 8"):
+            nn.SparseMLAConfig(HIDDEN, HEADS)
+
+
+MAKERS = {
+    "mla": (MLA_SHAPES, lambda tensors: make_mla(tensors, MLA_CONFIG)),
+    "gated_delta_net": (GDN_SHAPES, make_gdn),
+    "sparse_mla": (sparse_shapes(4), lambda tensors: make_sparse(tensors, 4)),
+}
+
+
+class TestCheckpoint:
+    @pytest.mark.parametrize("layer", MAKERS)
+    def test_round_trip(self, layer: str) -> None:
+        """In and out under the published names; tensors of other layers, and what is no parameter, are passed over."""
+        shapes, make = MAKERS[layer]
+        module = make(weights(shapes, seed=8))
+        tensors = {f"model.layers.1.{name}": x for name, x in weights(shapes).items()}
+        others = {"model.layers.10.x": np.zeros(3), "model.layers.1.rotary_emb.inv_freq": np.zeros(32)}
+        if layer == "sparse_mla":
+            others["model.layers.1.indexer.wq_b.weight"] = np.zeros((8, 8))
+        nn.load_checkpoint(module, tensors | others, "model.layers.1.")
+        again = nn.to_checkpoint(module, "model.layers.1.")
+        assert again.keys() == tensors.keys()
+        for name, x in tensors.items():
+            np.testing.assert_array_equal(again[name], x, err_msg=name)
+
+    @pytest.mark.parametrize(
+        ("name", "suffix", "dtype"), [("mla", "weight_scale_inv", "float32"), ("sparse_mla", "scale", "float8_e8m0fnu")]
+    )
+    def test_fp8_weights(self, name: str, suffix: str, dtype: str) -> None:
+        """Blocks of 128 x 128 with a scale each, also where the last block is smaller."""
+        shapes, make = MAKERS[name]
+        tensors, rng = weights(shapes), np.random.default_rng(2)
+        expected = dict(tensors)
+        for key in [key for key, shape in shapes.items() if len(shape) == 2 and key.endswith("weight")]:
+            codes = tensors[key].astype(ml_dtypes.float8_e4m3fn)
+            rows, columns = (-(-n // 128) for n in codes.shape)
+            scale = (2.0 ** rng.integers(-3, 3, (rows, columns))).astype(np.float32)
+            expected[key] = np.array(codes, np.float32)
+            for i, j in np.ndindex(rows, columns):
+                expected[key][i * 128 : (i + 1) * 128, j * 128 : (j + 1) * 128] *= scale[i, j]
+            tensors[key] = codes
+            tensors[f"{key.removesuffix('.weight')}.{suffix}"] = scale.astype(getattr(ml_dtypes, dtype, None) or dtype)
+        loaded = nn.to_checkpoint(make(tensors))
+        for key, x in expected.items():
+            np.testing.assert_array_equal(loaded[key], x, err_msg=key)
+        with pytest.raises(InvalidInputError, match="one scale a 128 x 128 block"):
+            make({key: x[:0] if key.endswith(suffix) else x for key, x in tensors.items()})
+
+    def test_refused(self) -> None:
+        """Names and shapes are checked before anything is written."""
+        tensors = weights(GDN_SHAPES)
+        module = make_gdn(tensors)
+        other = weights(GDN_SHAPES, seed=9)
+        wrong = {
+            "lack \\['A_log'\\] and have \\[\\]": {k: x for k, x in other.items() if k != "A_log"},
+            "lack \\[\\] and have \\['bias'\\]": other | {"bias": np.zeros(3)},
+            r"out_proj.weight is \[64, 48\]; expected \[48, 64\]": other | {"out_proj.weight": np.zeros((64, 48))},
+            r"in_proj_qkvz.weight is \[190, 48\]; expected \[192, 48\]": other
+            | {"in_proj_qkvz.weight": np.zeros((190, 48))},
+        }
+        for message, given in wrong.items():
+            with pytest.raises(InvalidInputError, match=message):
+                nn.load_checkpoint(module, given)
+        for name, x in nn.to_checkpoint(module).items():
+            np.testing.assert_array_equal(x, tensors[name])
+
+    def test_abstract(self) -> None:
+        """A module of shapes alone, so that no random weights are ever made."""
+        tensors = weights(MLA_SHAPES)
+        config = nn.MLAConfig.from_config(MLA_CONFIG)
+        module = nnx.eval_shape(lambda: nn.MLAttention(config, rngs=nnx.Rngs(0)))
+        nn.load_checkpoint(module, tensors)
+        kernel = module.q_b_proj.kernel[...]
+        assert isinstance(kernel, jax.Array) and kernel.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(kernel, tensors["q_b_proj.weight"].T.astype(ml_dtypes.bfloat16))
+
+    def test_sharding_stays(self, mla: SimpleNamespace) -> None:
+        module = make_mla(mla.tensors, MLA_CONFIG)
+        mesh = jax.make_mesh((2,), ("heads",), devices=jax.devices()[:2])
+        sharding = jax.NamedSharding(mesh, jax.P(None, "heads"))
+        module.q_b_proj.kernel.set_value(jax.device_put(module.q_b_proj.kernel[...], sharding))
+        nn.load_checkpoint(module, mla.tensors)
+        assert module.q_b_proj.kernel[...].sharding == sharding
+
+
+def test_caches_are_donated(mla: SimpleNamespace, gdn: SimpleNamespace) -> None:
+    """Every array of a donated cache is the memory of a result."""
+    calls = [
+        (mla.module, nn.PagedBatch(offsets(LENGTHS), int32([0] * 3), int32(TABLES)), mla.x, mla.cache),
+        (gdn.module, nn.SlotBatch(offsets(GDN_LENGTHS), int32(SLOTS), jnp.array([False] * 3)), gdn.x, gdn.cache),
+    ]
+    for module, batch, x, cache in calls:
+        graph, state = nnx.split(module)
+        step = jax.jit(lambda state, x, batch, cache: nnx.merge(graph, state)(x, batch, cache), donate_argnums=3)
+        text = step.lower(state, x, batch, cache).as_text()
+        assert text.count("tf.aliasing_output") == len(jax.tree.leaves(cache))
+
+
+def test_public_names() -> None:
+    assert sorted(nn.__all__) == list(nn.__all__)
+    for name in nn.__all__:
+        assert len(getattr(nn, name).__doc__ or "") > 20, name

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -73,9 +72,8 @@ def _published_shape(name: str, x: Any, variables: Mapping[str, Any]) -> tuple[i
 
 
 def _placed(x: np.ndarray, variable: nnx.Variable) -> jax.Array:
-    old = variable[...]
-    new = jnp.asarray(x.astype(old.dtype))
-    return jax.device_put(new, old.sharding) if isinstance(old, jax.Array) else new
+    old = variable.get_value()  # a ShapeDtypeStruct in an abstract module
+    return jax.device_put(x.astype(old.dtype), getattr(old, "sharding", None))
 
 
 def _dequantised(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

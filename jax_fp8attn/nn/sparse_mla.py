@@ -263,7 +263,7 @@ class SparseMLAttention(nnx.Module):
         """The grouped low-rank output projection of [T, H, 512]."""
         groups = out.reshape(out.shape[0], self.config.o_groups, -1)
         wo_a = self.wo_a[...].astype(self.dtype)
-        low = jnp.einsum("tgd,gdr->tgr", groups, wo_a, preferred_element_type=jnp.float32).astype(self.dtype)
+        low = jnp.einsum("tgd,gdr->tgr", groups, wo_a)
         return self.wo_b(low.reshape(out.shape[0], -1))
 
     def from_published(self, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
