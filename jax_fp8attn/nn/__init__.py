@@ -6,7 +6,7 @@ Every module is called with a packed batch and its cache, and returns its output
 try:
     import flax.nnx  # noqa: F401
 except ImportError as error:
-    raise ImportError("jax_fp8attn.nn needs flax: pip install 'flax>=0.12'") from error
+    raise ImportError(f"jax_fp8attn.nn needs flax: pip install 'flax>=0.12' ({error})") from error
 
 from jax_fp8attn.nn.batch import PagedBatch, SlotBatch, WindowBatch
 from jax_fp8attn.nn.checkpoint import load_checkpoint, to_checkpoint
