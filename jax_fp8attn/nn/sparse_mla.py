@@ -149,8 +149,9 @@ class SparseMLAttention(nnx.Module):
         """Windows of ``slots`` requests and ``blocks`` blocks of compressed rows, all zeros."""
         c = self.config
         rows = _quantised(jnp.zeros((slots * c.window + blocks * block_size, WIDTH), jnp.bfloat16))
-        inputs = jnp.zeros((slots, c.span, c.parts * WIDTH if c.compress_ratio else 0), jnp.float32)
-        return SparseMLACache(rows, inputs, inputs, block_size)
+        shape = (slots, c.span, c.parts * WIDTH if c.compress_ratio else 0)
+        kv, score = (jnp.zeros(shape, jnp.float32) for _ in range(2))  # two buffers: they are donated together
+        return SparseMLACache(rows, kv, score, block_size)
 
     def __call__(
         self, x: jax.Array, batch: WindowBatch, cache: SparseMLACache, selected: jax.Array | None = None
