@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from gdn_cases import quick_jit
 
-from jax_fp8attn import Fp8Array, Fp8PerGroup, Fp8PerTensor
+from jax_fp8attn import Fp8Array, Fp8PerGroup, Fp8PerTensor, gdn_metadata
 from jax_fp8attn.errors import InvalidInputError, UnsupportedError
 from jax_fp8attn.testing import assert_relative_error, relative_error
 
@@ -117,9 +117,7 @@ def make_mla(
     tensors: Any, config: Any, dtype: Any = jnp.float32, kind: Any = nn.MLAttention, **options: Any
 ) -> nn.MLAttention:
     options = {"compute": "bf16", "workspace_tokens": 8, **options}
-    module = kind(nn.MLAConfig.from_config(config), dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0), **options)
-    nn.load_checkpoint(module, tensors)
-    return module
+    return loaded(kind, nn.MLAConfig.from_config(config), tensors, dtype, **options)
 
 
 def mla_call(step: Any, tables: Any = TABLES) -> Any:
@@ -216,9 +214,33 @@ class TestMLAttention:
     def test_bf16(self, mla: SimpleNamespace, compute: str, bound: float) -> None:
         """Weights, activations and cache in bf16."""
         made = compiled(make_mla(mla.tensors, MLA_CONFIG, jnp.bfloat16, compute=compute))
-        assert made.module.init_cache(1, 8).dtype == jnp.bfloat16
+        assert made.module.init_cache(1, 8).dtype == made.module.q_b_proj.kernel.dtype == jnp.bfloat16
         out, _ = made.step(mla.x, nn.PagedBatch(offsets(LENGTHS)))
         assert_relative_error(out[: sum(LENGTHS)], mla.expected, bound)
+
+    @pytest.mark.slow
+    def test_heads_on_two_devices(self, mla: SimpleNamespace) -> None:
+        """Tensor parallel under shard_map: a module of a rank's heads, one sum after o_proj, the cache on both."""
+        config = nn.MLAConfig.from_config({**MLA_CONFIG, "num_attention_heads": 1})
+        rank = nn.MLAttention(
+            config, compute="bf16", workspace_tokens=8, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0)
+        )
+        state = nnx.state(mla.module)
+        axes = {"q_b_proj": jax.P(None, "tp"), "kv_b_proj": jax.P(None, "tp"), "o_proj": jax.P("tp")}
+        specs = jax.tree.map_with_path(lambda path, x: axes.get(path[0].key, jax.P()), state)
+
+        def step(state: Any, x: jax.Array, batch: Any, cache: jax.Array) -> Any:
+            out, cache = nnx.merge(nnx.graphdef(rank), state)(x, batch, cache)
+            return jax.lax.psum(out, "tp"), cache
+
+        auto = (jax.sharding.AxisType.Auto,)
+        mesh = jax.make_mesh((2,), ("tp",), devices=jax.devices()[:2], axis_types=auto)
+        sharded = jax.shard_map(
+            step, mesh=mesh, in_specs=(specs, jax.P(), jax.P(), jax.P()), out_specs=jax.P(), check_vma=False
+        )
+        call = mla_call(functools.partial(quick_jit(sharded), state))
+        out = in_steps(call, mla.x, LENGTHS, STEPS[0], mla.cache)
+        assert_relative_error(out[: sum(LENGTHS)], mla.expected, 1e-5)
 
     def test_config(self) -> None:
         config = nn.MLAConfig.from_config(MLA_CONFIG)
@@ -228,6 +250,8 @@ class TestMLAttention:
         assert nn.MLAConfig.from_config(newer).rope == nn.Rope(5e4)
         with pytest.raises(UnsupportedError, match=r"\(192, 64, 256\)"):
             nn.MLAConfig.from_config({**MLA_CONFIG, "qk_nope_head_dim": 192, "v_head_dim": 256})
+        with pytest.raises(UnsupportedError, match="rope_interleave"):
+            nn.MLAConfig.from_config({**MLA_CONFIG, "rope_interleave": False})
         with pytest.raises(UnsupportedError, match="longrope"):
             nn.MLAConfig.from_config({**MLA_CONFIG, "rope_scaling": {"type": "longrope"}})
 
@@ -315,8 +339,11 @@ class TestGatedDeltaNet:
         assert gdn.counter.traces == 1
 
     def test_bf16(self, gdn: SimpleNamespace) -> None:
+        """With metadata computed once."""
         made = compiled(make_gdn(gdn.tensors, jnp.bfloat16))
-        out, _ = gdn_call(made.step)(gdn.x, GDN_LENGTHS, (0, 0, 0), made.module.init_cache(5))
+        batch = nn.SlotBatch(offsets(GDN_LENGTHS), int32(SLOTS), jnp.array([False] * 3))
+        metadata = gdn_metadata(batch.cu_seqlens, GDN_TOKENS, 4)
+        out, _ = made.step(gdn.x, batch, made.module.init_cache(5), metadata)
         assert_relative_error(out[: sum(GDN_LENGTHS)], gdn.expected, 0.025)
 
     def test_qwen3_5(self, gdn: SimpleNamespace) -> None:
@@ -542,11 +569,12 @@ class TestCheckpoint:
 
     @pytest.mark.parametrize("layer", MAKERS)
     def test_random_parameters(self, layer: str) -> None:
-        """A module of its own random parameters takes a checkpoint as an abstract one does; dtypes stay."""
+        """Without a checkpoint parameters are random, finite numbers."""
         kind = {"mla": nn.MLAttention, "gated_delta_net": nn.GatedDeltaNet, "sparse_mla": nn.SparseMLAttention}[layer]
         shapes, make = MAKERS[layer]
-        module = jax.jit(lambda: nnx.state(kind(make(weights(shapes)).config, rngs=nnx.Rngs(0))))()
-        for path, x in nnx.to_flat_state(module):
+        config = make(weights(shapes)).config
+        state = jax.jit(lambda: nnx.state(kind(config, rngs=nnx.Rngs(0))))()
+        for path, x in nnx.to_flat_state(state):
             assert np.isfinite(np.asarray(x[...], np.float32)).all(), path
 
     def test_sharding_stays(self, mla: SimpleNamespace) -> None:

@@ -89,6 +89,6 @@ def context(op: str, lengths: Any, requests: int, most: int) -> jax.Array:
 def paged(tables: jax.Array, request: jax.Array, position: jax.Array, blocks: int, size: int) -> jax.Array:
     """int32 like ``position``: the block that holds it, or ``blocks`` (out of range) where there is none."""
     column = position // size
-    block = tables[jnp.maximum(request, 0), jnp.clip(column, 0, tables.shape[1] - 1)]
+    block = jnp.asarray(tables)[jnp.maximum(request, 0), jnp.clip(column, 0, tables.shape[1] - 1)]
     there = (request >= 0) & (position >= 0) & (column < tables.shape[1]) & (block >= 0) & (block < blocks)
     return jnp.where(there, block, blocks)

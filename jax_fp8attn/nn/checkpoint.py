@@ -73,7 +73,8 @@ def _published_shape(name: str, x: Any, variables: Mapping[str, Any]) -> tuple[i
 
 def _placed(x: np.ndarray, variable: nnx.Variable) -> jax.Array:
     old = variable.get_value()  # a ShapeDtypeStruct in an abstract module
-    return jax.device_put(x.astype(old.dtype), getattr(old, "sharding", None))
+    bound = getattr(old, "committed", True)  # to its devices; other arrays go where a jitted function wants them
+    return jax.device_put(x.astype(old.dtype), old.sharding if bound else None)
 
 
 def _dequantised(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -44,6 +44,8 @@ class MLAConfig:
         widths = tuple(config[f"{name}_head_dim"] for name in ("qk_nope", "qk_rope", "v"))
         if widths != (NOPE, ROPE, VALUE):
             raise UnsupportedError(f"MLAConfig: head widths {widths} (nope, rope, v); mla_prefill has (128, 64, 128).")
+        if not config.get("rope_interleave", True):
+            raise UnsupportedError("MLAConfig: rope_interleave is false; rope turns neighbouring pairs here.")
         return cls(
             hidden_size=config["hidden_size"],
             num_heads=config["num_attention_heads"],
@@ -144,7 +146,7 @@ class MLAttention(nnx.Module):
         blocks, size, _ = cache.shape
         block = paged(batch.block_tables, tokens.owner, positions, blocks, size)
         rows = jnp.concatenate([latent, k_rope], axis=-1)
-        return self.project_output(out), cache.at[block, positions % size].set(rows, mode="drop")
+        return self.project_output(out), jnp.asarray(cache).at[block, positions % size].set(rows, mode="drop")
 
     def project_output(self, out: jax.Array | Fp8Array) -> jax.Array:
         """``o_proj`` of the attention's result [T, H, 128].
