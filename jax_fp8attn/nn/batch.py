@@ -19,7 +19,7 @@ class PagedBatch:
     cu_seqlens       int32 [B+1]: request b owns the tokens cu_seqlens[b] to cu_seqlens[b+1] of this call
     context_lengths  int32 [B]: its tokens that are in the cache already; limited to 0..what its table can hold
     block_tables     int32 [B, max_blocks]: the block of its positions block_size*i and on. Nothing is written for a
-                     block out of range. No two requests write to one block.
+                     block out of range. A block that a request writes to is its own.
 
     Without a cache: cu_seqlens alone.
     """

@@ -139,14 +139,16 @@ class MLAttention(nnx.Module):
         }  # fmt: skip
         if cache is None:
             return self.project_output(mla_prefill(q, k, v, cu_seqlens_q=batch.cu_seqlens, **common)), None
+        blocks, size, _ = cache.shape
+        block = paged(batch.block_tables, tokens.owner, positions, blocks, size)
+        rows = jnp.concatenate([latent, k_rope], axis=-1)
+        # written before it is read: the other way round XLA copies a donated cache
+        cache = jnp.asarray(cache).at[block, positions % size].set(rows, mode="drop")
         out = mla_prefill_chunked(
             q, k, v, paged_latent_loader(cache, batch.block_tables, kernel), cu_seqlens=batch.cu_seqlens,
             context_lengths=before, workspace_tokens=self.workspace_tokens, **common,
         )  # fmt: skip
-        blocks, size, _ = cache.shape
-        block = paged(batch.block_tables, tokens.owner, positions, blocks, size)
-        rows = jnp.concatenate([latent, k_rope], axis=-1)
-        return self.project_output(out), jnp.asarray(cache).at[block, positions % size].set(rows, mode="drop")
+        return self.project_output(out), cache
 
     def project_output(self, out: jax.Array | Fp8Array) -> jax.Array:
         """``o_proj`` of the attention's result [T, H, 128].

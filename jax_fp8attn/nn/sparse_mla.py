@@ -176,21 +176,19 @@ class SparseMLAttention(nnx.Module):
         q = q * jax.lax.rsqrt(jnp.mean(q * q, axis=-1, keepdims=True) + c.rms_norm_eps)
         q = _rotate_tail(q.astype(self.dtype), *angles)
         own = _quantised(_rotate_tail(self.kv_norm(self.wkv(x)), *angles))
+        windows, cache = self._slide(step, cache, own)
         if c.compress_ratio:
             cache = self._compress(x, step, cache)
-        prefix, extend = self._window_lists(step)
+        pools = {"prefix": windows, "indices": self._window_lists(step)}
         if c.compress_ratio:
-            prefix = jnp.concatenate([prefix, self._compressed_list(op, step, selected)], axis=1)
+            pools = {"prefix": cache.rows, "indices": self._compressed_list(op, step, selected)} | {
+                "extend": windows, "extend_indices": pools["indices"]
+            }  # fmt: skip
         out = sparse_prefill_topk(
-            q, cache.rows, prefix, None, own, extend, attn_sink=self.attn_sink[...], out_dtype=self.dtype,
-            implementation=self.implementation,
-        )  # fmt: skip
+            q, **pools, attn_sink=self.attn_sink[...], out_dtype=self.dtype, implementation=self.implementation
+        )
         cos, sin = angles
-        out = self._project(_rotate_tail(out, cos, -sin))
-        kept = (tokens.owner >= 0) & (step.positions >= step.end[tokens.owner] - c.window)
-        row = step.slots[tokens.owner] * c.window + step.positions % c.window
-        row = jnp.where(kept & step.has_slot[tokens.owner], row, step.count)
-        return out, dataclasses.replace(cache, rows=_write(cache.rows, row, own))
+        return self._project(_rotate_tail(out, cos, -sin)), cache
 
     def _step(self, op: str, batch: WindowBatch, cache: SparseMLACache, tokens: Tokens) -> _Step:
         """Checks batch and cache against each other."""
@@ -211,15 +209,26 @@ class SparseMLAttention(nnx.Module):
             count=rows.shape[0], windows=slots * c.window, blocks=blocks, block_size=cache.block_size,
         )  # fmt: skip
 
-    def _window_lists(self, step: _Step) -> tuple[jax.Array, jax.Array]:
-        """int32 [T, window - 1] rows of the cache and [T, window] new rows: each token's window, -1 for none."""
+    def _slide(self, step: _Step, cache: SparseMLACache, own: Fp8Latent) -> tuple[Fp8Latent, SparseMLACache]:
+        """The windows as they were, [B * window], and the new rows [T] behind them; the cache with the new windows."""
+        c, owner = self.config, step.tokens.owner
+        row = (step.slots[:, None] * c.window + jnp.arange(c.window)).reshape(-1)
+        old = jax.tree.map(lambda pool: pool[row], cache.rows)
+        old, rows = jax.lax.optimization_barrier((old, cache.rows))  # read before written, or XLA copies the pool
+        windows = jax.tree.map(lambda *parts: jnp.concatenate(parts), old, own)
+        kept = (owner >= 0) & (step.positions >= step.end[owner] - c.window) & step.has_slot[owner]
+        row = jnp.where(kept, step.slots[owner] * c.window + step.positions % c.window, step.count)
+        return windows, dataclasses.replace(cache, rows=_write(rows, row, own))
+
+    def _window_lists(self, step: _Step) -> jax.Array:
+        """int32 [T, window] rows of ``_slide``'s windows: each token's own window, -1 for none."""
         c, owner = self.config, step.tokens.owner
         seen = step.positions[:, None] - c.window + 1 + jnp.arange(c.window)  # [T, window]
-        before, mine = step.before[owner][:, None], (owner >= 0)[:, None]
-        new = jnp.where(mine & (seen >= before), step.tokens.start[owner][:, None] + seen - before, -1)
-        old = step.slots[owner][:, None] * c.window + seen % c.window
-        cached = mine & (seen >= 0) & (seen < before) & step.has_slot[owner][:, None]
-        return jnp.where(cached, old, -1)[:, :-1], new
+        before, used = step.before[owner][:, None], (owner >= 0)[:, None]
+        new = step.slots.shape[0] * c.window + step.tokens.start[owner][:, None] + seen - before
+        old = owner[:, None] * c.window + seen % c.window
+        cached = used & (seen >= 0) & (seen < before) & step.has_slot[owner][:, None]
+        return jnp.where(used & (seen >= before), new, jnp.where(cached, old, -1))
 
     def _compressed_list(self, op: str, step: _Step, selected: jax.Array | None) -> jax.Array:
         """int32 [T, K]: cache rows of the compressed rows that each token sees, -1 for none."""
@@ -252,12 +261,13 @@ class SparseMLAttention(nnx.Module):
             jnp.where(known[..., None], jnp.where(old[..., None], state[kept], new[token]), missing)
             for state, new, missing in ((cache.kv, kv, 0.0), (cache.score, score, -jnp.inf))
         ]
+        members, states = jax.lax.optimization_barrier((members, (cache.kv, cache.score)))  # as in _slide
         made = self.compressor.rows(*members, group)
         rows = _write(cache.rows, step.compressed_row(jnp.where(there, request, -1), group), made)
         newest = (tokens.owner >= 0) & (step.positions >= step.end[tokens.owner] - c.span)
         slot = jnp.where(newest & step.has_slot[tokens.owner], step.slots[tokens.owner], cache.kv.shape[0])
         place = (slot, step.positions % c.span)
-        kv, score = cache.kv.at[place].set(kv, mode="drop"), cache.score.at[place].set(score, mode="drop")
+        kv, score = (old.at[place].set(new, mode="drop") for old, new in zip(states, (kv, score), strict=True))
         return dataclasses.replace(cache, rows=rows, kv=kv, score=score)
 
     def _project(self, out: jax.Array) -> jax.Array:
@@ -315,7 +325,14 @@ def _quantised(x: jax.Array) -> Fp8Latent:
 
 
 def _write(rows: Fp8Latent, index: jax.Array, new: Fp8Latent) -> Fp8Latent:
-    return jax.tree.map(lambda old, value: old.at[index].set(value, mode="drop"), rows, new)
+    """``rows`` with ``new`` at ``index``, out of range: nowhere. As bytes: not every platform scatters FP8 as it is."""
+
+    def write(old: jax.Array, value: jax.Array) -> jax.Array:
+        kind = jnp.uint8 if old.dtype.itemsize == 1 else old.dtype
+        old_bits, bits = (jax.lax.bitcast_convert_type(x, kind) for x in (old, value))
+        return jax.lax.bitcast_convert_type(old_bits.at[index].set(bits, mode="drop"), old.dtype)
+
+    return jax.tree.map(write, rows, new)
 
 
 def _rotate_tail(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
