@@ -160,7 +160,7 @@ class SparseMLAttention(nnx.Module):
 
         x         [T, hidden_size], packed; rows of no request may hold anything
         batch     WindowBatch
-        cache     ``init_cache`` or what the last call returned; donate it, and it is updated in place
+        cache     ``init_cache`` or what the last call returned; donate it, and its memory holds the new one
         selected  int32 [T, K]: the compressed rows that each token sees, by number within its request (row i stands for
                   the tokens from i * compress_ratio on); rows that are not complete at the token, and numbers below 0,
                   are skipped. None: every complete row, which takes a list as long as the block table can hold.
