@@ -18,6 +18,8 @@ EXAMPLES = [
 def test_example_runs(code, capsys):
     if "import torch" in code:
         pytest.importorskip("torch", reason="needs PyTorch: pip install 'jax_fp8attn[torch]'")
+    if "flax" in code:
+        pytest.importorskip("flax", minversion="0.12.12", reason="the example needs flax 0.12.12 or newer")
     exec(compile(code, "example", "exec"), {})
     expected = re.findall(r"print\(.*\)  # (.*)", code)
     printed = capsys.readouterr().out

@@ -168,6 +168,13 @@ class TestImport:
         facts = result(python(absent + USE, [REPOSITORY], tmp_path))
         assert facts["merged"] == 2.0
 
+    def test_the_modules_name_flax(self, tmp_path: Path) -> None:
+        """R21: without flax one clear line."""
+        code = "import sys, jax_fp8attn\nsys.modules['flax'] = None\nimport jax_fp8attn.nn"
+        done = python(code, [REPOSITORY], tmp_path)
+        assert done.returncode == 1
+        assert "ImportError: jax_fp8attn.nn needs flax: pip install 'flax>=0.12.12'" in done.stderr.splitlines()[-1]
+
 
 @pytest.fixture(scope="session")
 def setuptools(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
