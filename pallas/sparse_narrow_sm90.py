@@ -50,16 +50,18 @@ class NarrowConfig:
     ahead   parts of 64 columns of the rows that are in registers, or on their way there, before they are used
     early   a block's first parts are asked for beside the scores of the block before, as registers become free; else
             beside its results, behind the fence that these need, which may wait for loads
+    depth   parts whose scores may be under way while the next part becomes an operand: 1, 2, 4 or 8
     blocks  of threads, that work off all tokens one after the other; 0: a block a token
     """
 
     ahead: int = PARTS
     early: bool = False
+    depth: int = 2
     blocks: int = 0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.ahead <= PARTS:
-            raise ValueError(f"1 to {PARTS} parts can be ahead: {self}")
+        if not 1 <= self.ahead <= PARTS or self.depth not in (1, 2, 4, 8):
+            raise ValueError(f"1 to {PARTS} parts can be ahead, and 1, 2, 4 or 8 under way: {self}")
 
 
 def default_config(problem: SparseProblem) -> NarrowConfig:
@@ -111,7 +113,7 @@ class _Softmax(NamedTuple):
 
     out: list[Any]  # 8 of [64 columns, heads]
     top: Any  # [heads] in base 2
-    total: Any  # [64, heads]: rows still to be added
+    total: Any  # [heads], of each thread's rows
 
 
 class _Stream(NamedTuple):
@@ -210,7 +212,7 @@ class _Worker:
         stream = self._begin(tile)
         self._load_queries(tile)
         scale, heads = self.gmem.scale[tile.instance], self.kernel.heads
-        state = _Softmax([full(0.0, (64, heads))] * PARTS, full(-jnp.inf, (heads,)), full(0.0, (ROWS, heads)))
+        state = _Softmax([full(0.0, (64, heads))] * PARTS, full(-jnp.inf, (heads,)), full(0.0, (heads,)))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # results of the token before stand where rows go
         plgpu.commit_smem()
 
@@ -223,7 +225,8 @@ class _Worker:
             return self._weigh(scores, stream, state)
 
         _, state = lax.fori_loop(0, tile.blocks, block, (stream, state))
-        self._finish(tile, state)
+        # read again: the scalars of a tile would take registers through the loop
+        self._finish(tile_of(self.problem, self.gmem.lists, tile.number, 1), state)
 
     def _numbers(self, tile: Tile, block: Any) -> tuple[Any, Any]:
         return row_numbers(self.problem, self.gmem, tile, block, self.kernel.plain)
@@ -259,7 +262,7 @@ class _Worker:
             operand = gather.operand(loaded[part], stream.scales, part)
             gather.keep(operand, smem.rows.at[part], part)
             scores = self._product(operand, smem.q.at[part], scores)
-            if part % 2 and not self.kernel.plain:
+            if (part + 1) % self.kernel.config.depth == 0 and not self.kernel.plain:
                 scores = hopper.settled(scores, 0)
             ahead = part + self.kernel.config.ahead
             if ahead < PARTS:
@@ -269,8 +272,7 @@ class _Worker:
         return scores, loaded[PARTS:]
 
     def _product(self, operand: Any, q: Any, onto: Any) -> Any:
-        """Rows times queries. Two of them may be under way: the assembler takes no operand that is computed in front
-        of a wait and used behind it."""
+        """Rows times queries. The assembler takes no operand that is computed in front of a wait and used behind it."""
         if self.kernel.plain:
             product = jnp.dot(operand.astype(jnp.float32), q[...].astype(jnp.float32).T)
             return product if onto is None else onto + product
@@ -286,7 +288,7 @@ class _Worker:
         weights = jnp.exp2(scores - spread(anchor, scores))
         head_columns.put_weights(weights.astype(BF16), smem.p, plain)
         plgpu.commit_smem()
-        total = state.total * spread(shrink, state.total) + weights
+        total = state.total * shrink + head_columns.partial_sum(weights, plain)
         sums = head_columns.shrunk(state.out, shrink, plain)
         pending = [self._value(part, x) for part, x in enumerate(sums)]
         stream = self._ask(stream)
@@ -304,7 +306,7 @@ class _Worker:
     def _finish(self, tile: Tile, state: _Softmax) -> None:
         """Adds up, divides and stores."""
         smem, problem, plain = self.smem, self.problem, self.kernel.plain
-        total = state.total.sum(axis=0)
+        total = head_columns.whole_sum(state.total, plain)
         nothing = total == 0.0
         anchor = jnp.where(nothing, 0.0, state.top)
         divisor = jnp.where(nothing, 1.0, total)

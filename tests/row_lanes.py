@@ -105,7 +105,9 @@ class Lanes:
                 IntegerType=types.SimpleNamespace(get_signless=lambda bits: bits),
                 IntegerAttr=types.SimpleNamespace(get=lambda kind, value: value),
             ),
-            "hopper": types.SimpleNamespace(emit_end_of_block=lambda number: None, ACCUMULATOR=None),
+            "hopper": types.SimpleNamespace(
+                emit_end_of_block=lambda number: None, emit_anew=lambda word: word, ACCUMULATOR=None
+            ),
             "llvm": types.SimpleNamespace(ptrtoint=lambda kind, x: x),
             "nvvm": types.SimpleNamespace(cp_async_commit_group=lambda: None),
             "utils": types.SimpleNamespace(

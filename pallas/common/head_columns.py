@@ -59,6 +59,45 @@ def shrunk(parts: Sequence[Any], factor: Any, interpreted: bool) -> list[Any]:
     return list(emit(factor, *parts))
 
 
+def partial_sum(values: Any, interpreted: bool) -> Any:
+    """[64, n] to [n] that each thread has of its own rows; ``whole_sum`` adds them up."""
+    if interpreted:
+        return values.sum(axis=0)
+    shape = values.shape[1:]
+
+    @plgpu.inline_mgpu(
+        arg_types=(hopper.ACCUMULATOR,), return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=COLUMN)
+    )
+    def emit(_: Any, values: Any) -> Any:
+        given, layout = list(values.registers.flat), COLUMN.to_mgpu()
+        registers = np.empty(layout.registers_shape(shape), dtype=object)
+        for index, own in zip(np.ndindex(registers.shape), zip(given[::2], given[1::2], strict=True), strict=True):
+            registers[index] = arith.addf(*own)
+        return fragmented_array.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return emit(values)
+
+
+def whole_sum(partial: Any, interpreted: bool) -> Any:
+    if interpreted:
+        return partial
+    shape = (64, *partial.shape)
+    result = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=hopper.ACCUMULATOR)
+
+    @plgpu.inline_mgpu(arg_types=(COLUMN,), return_type=result)
+    def of_first_rows(_: Any, partial: Any) -> Any:
+        """The other rows of all threads are zeros."""
+        layout = hopper.ACCUMULATOR.to_mgpu()
+        registers = np.empty(layout.registers_shape(shape), dtype=object)
+        for number, index in enumerate(np.ndindex(registers.shape)):
+            own = partial.registers.flat[number // 2]
+            zero = vector.broadcast(own.type, utils.c(0.0, ir.F32Type.get()))
+            registers[index] = zero if number % 2 else own
+        return fragmented_array.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return of_first_rows(partial).sum(axis=0)
+
+
 def settled(parts: Sequence[Any], interpreted: bool) -> list[Any]:
     """Sums when all products are finished."""
     if interpreted:
@@ -89,8 +128,8 @@ def put_weights(weights: Any, target: Any, interpreted: bool) -> None:
 
     @plgpu.inline_mgpu(arg_types=(hopper.ACCUMULATOR, tiled))
     def emit(_: Any, weights: Any, target: Any) -> None:
-        row = _row()
-        base = arith.addi(_address(target), arith.addi(arith.muli(row, _word(pitch)), arith.muli(_lane(), _word(4))))
+        row, lane = _place()
+        base = arith.addi(_address(target), arith.addi(arith.muli(row, _word(pitch)), arith.muli(lane, _word(4))))
         # 16-byte pieces of four rows of 32 bytes, or of two of 64, change places together
         turn = arith.andi(arith.shrui(row, _word(2 if pitch == 32 else 1)), _word(pitch // 16 - 1))
         words = _pairs(weights)
@@ -113,16 +152,17 @@ def put_results(values: Any, target: Any, part: int, interpreted: bool) -> None:
 
     @plgpu.inline_mgpu(arg_types=(hopper.ACCUMULATOR, swizzled))
     def emit(_: Any, values: Any, target: Any) -> None:
+        row, lane = _place()
         base = arith.addi(_address(target), _word(part * 64 * size * heads))
         places = []
         for step in range(2):
-            byte = arith.muli(arith.addi(_row(), _word(8 * step)), _word(size))
+            byte = arith.muli(arith.addi(row, _word(8 * step)), _word(size))
             piece = arith.muli(arith.shrui(byte, _word(7)), _word(128 * heads))
             chunk = arith.andi(arith.shrui(byte, _word(4)), _word(7))
             places.append((arith.addi(base, arith.addi(piece, arith.andi(byte, _word(15)))), chunk))
         for number, value in enumerate(_bits(values)):
             own, chunk = places[number // 2 % 2]
-            in_eight = arith.addi(arith.muli(_lane(), _word(2)), _word(number % 2))
+            in_eight = arith.addi(arith.muli(lane, _word(2)), _word(number % 2))
             inside = arith.muli(arith.xori(chunk, in_eight), _word(16))
             start = arith.addi(own, arith.addi(arith.muli(in_eight, _word(128)), inside))
             _store(start, number // 4 * 1024, value, f"b{8 * size}")
@@ -130,16 +170,11 @@ def put_results(values: Any, target: Any, part: int, interpreted: bool) -> None:
     emit(values, target)
 
 
-def _row() -> Any:
-    """The first of the two rows of a thread; the other is eight behind."""
-    thread = arith.remui(utils.thread_idx(), _word(128))
+def _place() -> tuple[Any, Any]:
+    """The first of the two rows of a thread, the other is eight behind; and which of four threads with these it is."""
+    thread = hopper.emit_anew(arith.remui(utils.thread_idx(), _word(128)))
     row = arith.andi(arith.shrui(thread, _word(2)), _word(7))
-    return arith.addi(arith.muli(arith.shrui(thread, _word(5)), _word(16)), row)
-
-
-def _lane() -> Any:
-    """Of four with the same rows."""
-    return arith.andi(utils.thread_idx(), _word(3))
+    return arith.addi(arith.muli(arith.shrui(thread, _word(5)), _word(16)), row), arith.andi(thread, _word(3))
 
 
 def _address(ref: Any) -> Any:

@@ -340,6 +340,12 @@ def emit_end_of_block(number: int = 1) -> None:
     utils.inline_ptx(text, has_side_effects=True)
 
 
+def emit_anew(word: Any) -> Any:
+    """Inside ``inline_mgpu``: what is computed from it is computed where it is used, and not kept in registers through
+    a loop."""
+    return llvm.inline_asm(word.type, [word], "mov.b32 $0, $1;", "=r,r", asm_dialect=0, has_side_effects=True)
+
+
 def clear_nonfinite(values: Any, record: Any, first_key: Any, first_column: Any) -> None:
     """NaN and infinities in values, bf16 [keys, 64] as ``tiles``, become 0; the first key with NaN, +inf and -inf in a
     column is noted in ``record``, int32 [4, columns], and 0 in its last row. ``first_key`` is that of the first row.
@@ -490,7 +496,7 @@ def _word_descriptors(ref: Any, facts: int, offsets: list[int], anew: bool = Fal
     pair = ir.VectorType.get((2,), i32)
     address = llvm.ptrtoint(i32, utils.memref_ptr(ref))
     if anew:
-        address = llvm.inline_asm(i32, [address], "mov.b32 $0, $1;", "=r,r", asm_dialect=0, has_side_effects=True)
+        address = emit_anew(address)
     address = arith.shrui(address, _word(4))
     first = arith.ori(address, _word(facts & 0xFFFFFFFF)) if facts & 0xFFFFFFFF else address
     lower = [arith.addi(first, _word(offset >> 4)) if offset else first for offset in offsets]

@@ -24,7 +24,7 @@ from jax_fp8attn.pallas.common import hopper
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 
-from jax_fp8attn.latent import NOPE, ROPE, Fp8Latent, dequantize_latent
+from jax_fp8attn.latent import NOPE, ROPE, scale_factors
 from jax_fp8attn.problems import RowForm
 from jax_fp8attn.quantize import E4M3
 
@@ -160,7 +160,7 @@ class Gather:
     def load_part(self, numbers: Any, pool: Any, part: int) -> Any:
         """64 columns of rows into registers."""
         if self.interpreted:
-            return self._plain(numbers, pool, part // TILES)[:, 64 * (part % TILES) :][:, :64]
+            return self._plain_part(numbers, pool, part)
         copied = self.exact(part)
         rotary = copied and self.fp8
 
@@ -169,6 +169,7 @@ class Gather:
             pointer, lane = _select(pool, refs), arith.muli(_lane_of_row(), _word(16))
             width = 2 * ROPE if rotary else 1024 if copied else NOPE
             first = 0 if rotary else part * (128 if copied else 64)
+            numbers = [hopper.emit_anew(number) for number in numbers]  # or addresses would take registers
             return [
                 _load_words(_offset(pointer, number, width, lane), first + 64 * half, _is_row(number))
                 for number in numbers
@@ -290,15 +291,25 @@ class Gather:
 
     def _plain(self, numbers: Any, pool: Any, half: int) -> Any:
         """bf16 [64, 256]."""
+        return jnp.concatenate([self._plain_part(numbers, pool, TILES * half + n) for n in range(TILES)], axis=1)
+
+    def _plain_part(self, numbers: Any, pool: Any, part: int) -> Any:
+        """bf16 [64, 64]."""
+        columns = slice(64 * part, 64 * (part + 1))
+        take = lambda x, columns: jnp.take(x[:, columns], numbers, axis=0, mode="clip")
 
         def taken(one: Pool) -> Any:
-            rows = [jnp.take(x[...], numbers, axis=0, mode="clip") for x in one if x is not None]
-            return dequantize_latent(Fp8Latent(*rows), jnp.bfloat16) if self.fp8 else rows[0]
+            if self.exact(part):
+                return take(one.nope, columns) if one.rope is None else take(one.rope, slice(0, 64))
+            each = 64 // self.form.scale_group
+            factors = scale_factors(take(one.scale, slice(each * part, each * (part + 1))))
+            factor, rest = (jnp.repeat(x, self.form.scale_group, axis=1) for x in factors)
+            return (take(one.nope, columns).astype(jnp.float32) * factor * rest).astype(jnp.bfloat16)
 
         rows = taken(self.pools[0])
         if len(self.pools) > 1:
             rows = jnp.where(pool > 0, taken(self.pools[1]), rows)
-        return jnp.where(numbers[:, None] < 0, 0, rows)[:, HALF * half : HALF * (half + 1)]
+        return jnp.where(numbers[:, None] < 0, 0, rows)
 
 
 def _per_row(emit: Any, layout: Any, numbers: Any, pool: Any, refs: list[Any]) -> Any:
