@@ -64,12 +64,14 @@ class NarrowConfig:
             raise ValueError(f"1 to {PARTS} parts can be ahead, and 1, 2, 4 or 8 under way: {self}")
 
 
+AHEAD = {8: (8, 6), 16: (8, 4), 24: (4, 2), 32: (2, 1)}  # heads: of FP8 rows and of bf16 rows, which are twice as wide
+
+
 def default_config(problem: SparseProblem) -> NarrowConfig:
-    """What fits into registers beside the results of all heads: bf16 takes twice as many as FP8."""
+    """As much as fits into registers beside the results of all heads."""
     heads = padded(problem.heads)
-    if problem.prefix.form.dtype == E4M3:
-        return NarrowConfig(ahead={8: 8, 16: 8, 24: 6, 32: 4}[heads])
-    return NarrowConfig(ahead={8: 6, 16: 5, 24: 3, 32: 2}[heads])
+    ahead = AHEAD[heads][problem.prefix.form.dtype != E4M3]
+    return NarrowConfig(ahead, depth=2 if heads <= 16 else 1)
 
 
 def padded(heads: int) -> int:
@@ -105,14 +107,14 @@ class _Shared(NamedTuple):
     out: Any  # [8 or 16, heads, columns]
     q: Any  # [8, heads, 64], columns in the order of the rows as operands
     p: Any  # [64, 16 or 32]
+    top: Any  # [heads] in base 2
     lse: Any  # [heads]
 
 
 class _Softmax(NamedTuple):
-    """The running softmax; sums are in units of 2^top."""
+    """The running softmax; sums are in units of 2^top, the maximum in use, which shared memory holds."""
 
     out: list[Any]  # 8 of [64 columns, heads]
-    top: Any  # [heads] in base 2
     total: Any  # [heads], of each thread's rows
 
 
@@ -184,7 +186,7 @@ class _Kernel:
             *([rows, out] if self.plain else [plgpu.RefUnion(rows, out)]),
             hopper.tiles((PARTS, self.heads, 64), BF16, 128),
             hopper.tiles((ROWS, width), BF16, 2 * width),
-            plgpu.SMEM((self.heads,), jnp.float32),
+            *[plgpu.SMEM((self.heads,), jnp.float32)] * 2,
         ]
 
     def _shared(self, given: Any) -> _Shared:
@@ -212,7 +214,8 @@ class _Worker:
         stream = self._begin(tile)
         self._load_queries(tile)
         scale, heads = self.gmem.scale[tile.instance], self.kernel.heads
-        state = _Softmax([full(0.0, (64, heads))] * PARTS, full(-jnp.inf, (heads,)), full(0.0, (heads,)))
+        state = _Softmax([full(0.0, (64, heads))] * PARTS, full(0.0, (heads,)))
+        self.smem.top[...] = full(-jnp.inf, (heads,))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # results of the token before stand where rows go
         plgpu.commit_smem()
 
@@ -281,10 +284,11 @@ class _Worker:
     def _weigh(self, scores: Any, stream: _Stream, state: _Softmax) -> tuple[_Stream, _Softmax]:
         """A block's probabilities, and what its rows add to the results, beside which the next rows are asked for."""
         smem, plain = self.smem, self.kernel.plain
-        largest = scores.max(axis=0)
-        top = jnp.where(largest > state.top + SLACK, largest, state.top)
+        before, largest = self._top(), scores.max(axis=0)
+        top = jnp.where(largest > before + SLACK, largest, before)
+        smem.top[...] = top
         anchor = jnp.where(top == -jnp.inf, 0.0, top)
-        shrink = jnp.exp2(state.top - anchor)
+        shrink = jnp.exp2(before - anchor)
         weights = jnp.exp2(scores - spread(anchor, scores))
         head_columns.put_weights(weights.astype(BF16), smem.p, plain)
         plgpu.commit_smem()
@@ -294,7 +298,10 @@ class _Worker:
         stream = self._ask(stream)
         out = head_columns.settled(pending, plain)
         head_columns.barrier(plain)  # the next block's rows go where these stand
-        return stream, _Softmax(out, top, total)
+        return stream, _Softmax(out, total)
+
+    def _top(self) -> Any:
+        return plgpu.load(self.smem.top, layout=COLUMN, optimized=False)
 
     def _value(self, part: int, onto: Any) -> Any:
         """64 columns of the rows, weighed."""
@@ -308,7 +315,7 @@ class _Worker:
         smem, problem, plain = self.smem, self.problem, self.kernel.plain
         total = head_columns.whole_sum(state.total, plain)
         nothing = total == 0.0
-        anchor = jnp.where(nothing, 0.0, state.top)
+        anchor = jnp.where(nothing, 0.0, self._top())
         divisor = jnp.where(nothing, 1.0, total)
         if problem.has_sink:
             sink = plgpu.load(self.gmem.sink.at[tile.instance, 0], layout=COLUMN, optimized=False)
