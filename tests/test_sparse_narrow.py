@@ -168,7 +168,7 @@ def sound() -> Any:
 
 def faulty(interpret: Any, fault: str, problem: SparseProblem, arrays: SparseArrays, cut: dict[str, Any]) -> Any:
     """The kernel with one thing replaced."""
-    worker, listed, masked = sparse_narrow_sm90._Worker, latent_rows.listed, latent_rows.masked
+    listed, masked = latent_rows.listed, latent_rows.masked
     nothing = lambda *_, **__: None
 
     def one_pool(indices: Any, rows: Any, *given: Any) -> Any:
@@ -185,7 +185,6 @@ def faulty(interpret: Any, fault: str, problem: SparseProblem, arrays: SparseArr
         "an index of the other pool": [(latent_rows, "listed", one_pool)],
         "earlier sums not rescaled": [(head_columns, "shrunk", lambda parts, *_: list(parts))],
     }  # fmt: skip
-    assert hasattr(worker, "_weigh")
     with contextlib.ExitStack() as stack:
         for patch in patches[fault]:
             stack.enter_context(mock.patch.object(*patch))
