@@ -64,14 +64,15 @@ class NarrowConfig:
             raise ValueError(f"1 to {PARTS} parts can be ahead, and 1, 2, 4 or 8 under way: {self}")
 
 
-AHEAD = {8: (8, 6), 16: (8, 4), 24: (4, 2), 32: (2, 1)}  # heads: of FP8 rows and of bf16 rows, which are twice as wide
+# by heads: of FP8 rows with scales per 64, with scales per 32, and of bf16 rows, which are twice as wide
+AHEAD = {8: (8, 8, 6), 16: (8, 6, 4), 24: (4, 2, 2), 32: (2, 1, 1)}
 
 
 def default_config(problem: SparseProblem) -> NarrowConfig:
     """As much as fits into registers beside the results of all heads."""
-    heads = padded(problem.heads)
-    ahead = AHEAD[heads][problem.prefix.form.dtype != E4M3]
-    return NarrowConfig(ahead, depth=2 if heads <= 16 else 1)
+    heads, form = padded(problem.heads), problem.prefix.form
+    kind = 2 if form.dtype != E4M3 else form.scale_group == 32
+    return NarrowConfig(AHEAD[heads][kind], depth=2 if heads <= 16 else 1)
 
 
 def padded(heads: int) -> int:
@@ -221,8 +222,8 @@ class _Worker:
 
         def block(number: Any, carry: tuple[_Stream, _Softmax]) -> tuple[_Stream, _Softmax]:
             stream, state = carry
-            after = self._numbers(tile, number + 2)
             scores, ahead = self._score(stream)
+            after = self._numbers(tile, number + 2)
             scores = latent_rows.masked(scores * scale, stream.numbers, self.kernel.plain)
             stream = _Stream(stream.following, stream.following_pool, *after, ahead, None)
             return self._weigh(scores, stream, state)

@@ -307,7 +307,7 @@ class TestConfig:
         with pytest.raises(ValueError, match="ahead"):
             NarrowConfig(ahead=ahead)
 
-    @pytest.mark.parametrize("rows", [FP8, None], ids=str)
+    @pytest.mark.parametrize("rows", [FP8, BYTES, None], ids=str)
     def test_fewer_parts_ahead_of_more_heads(self, rows: Any) -> None:
         problem = operands(case(8, rows=rows))[0]
         ahead = [sparse_narrow_sm90.default_config(dataclasses.replace(problem, heads=n)).ahead for n in range(1, 33)]

@@ -310,8 +310,8 @@ def sparse_calls() -> Iterator[Call]:
     yield _sparse("E8M0 scales per 32, queries too, two pools", rows=bytes32, q=bytes32, extend=64)
     yield _sparse("bf16 rows, FP8 queries, 128 heads, two pools", q=fp8, heads=128, extend=64)
     yield _sparse("16 heads, FP8 rows, two pools", rows=fp8, heads=16, extend=64)
-    yield _sparse("7 heads, E8M0 scales per 32, queries too, float32 output", bytes32, bytes32, 7, out_dtype=F32)
-    yield _sparse("32 heads, bf16 rows, FP8 queries, two pools", q=fp8, heads=32, extend=64)
+    yield _sparse("7 heads, bf16 rows, FP8 queries, float32 output", q=fp8, heads=7, out_dtype=F32)
+    yield _sparse("32 heads, E8M0 scales per 32, queries too, two pools", bytes32, bytes32, 32, extend=64)
 
 
 def _sparse(
