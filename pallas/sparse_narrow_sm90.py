@@ -65,7 +65,7 @@ class NarrowConfig:
 
 
 # by heads: of FP8 rows with scales per 64, with scales per 32, and of bf16 rows, which are twice as wide
-AHEAD = {8: (8, 8, 6), 16: (8, 6, 4), 24: (4, 2, 2), 32: (2, 1, 1)}
+AHEAD = {8: (8, 8, 6), 16: (8, 6, 4), 24: (6, 4, 2), 32: (4, 2, 1)}
 
 
 def default_config(problem: SparseProblem) -> NarrowConfig:
@@ -280,7 +280,7 @@ class _Worker:
         if self.kernel.plain:
             product = jnp.dot(operand.astype(jnp.float32), q[...].astype(jnp.float32).T)
             return product if onto is None else onto + product
-        return hopper.start((ROWS, self.kernel.heads), [(operand, q, 128)], onto)
+        return hopper.start((ROWS, self.kernel.heads), [(operand, q, 128)], onto, anew=True)
 
     def _weigh(self, scores: Any, stream: _Stream, state: _Softmax) -> tuple[_Stream, _Softmax]:
         """A block's probabilities, and what its rows add to the results, beside which the next rows are asked for."""
@@ -309,7 +309,7 @@ class _Worker:
         rows, p, heads = self.smem.rows.at[part], self.smem.p, self.kernel.heads
         if self.kernel.plain:
             return onto + jnp.dot(rows[...].astype(jnp.float32).T, p[:, :heads].astype(jnp.float32))
-        return hopper.start((64, heads), [(rows, p, (128, 2 * p.shape[1]))], onto, turned="ab")
+        return hopper.start((64, heads), [(rows, p, (128, 2 * p.shape[1]))], onto, turned="ab", anew=True)
 
     def _finish(self, tile: Tile, state: _Softmax) -> None:
         """Adds up, divides and stores."""

@@ -138,6 +138,7 @@ def start(
     tail: int = 0,
     turned: str = "",
     negative: bool = False,
+    anew: bool = False,
 ) -> Any:
     """Starts the sum of products a @ b.T of e4m3, bf16 or f16 as one group; ``settled`` gives the result. ``tail``: so
     many instructions at the end are a group of their own.
@@ -147,7 +148,7 @@ def start(
     or a and b both as [k / 64, rows, 64]. ``turned``: names those of a and b, of 16 bits, that are their transposes in
     shared memory. ``onto``: float32 sums that the products are added to, or, if they are ``negative``, subtracted from.
     Without them the first product overwrites: plgpu.wgmma adds to zeros, which the assembler now and then writes one by
-    one.
+    one. ``anew``: places of operands of 16 bits take no registers through a loop.
     """
     in_registers = [not hasattr(a, "transforms") for a, _, _ in pairs]
     types, operands = [], []
@@ -173,9 +174,10 @@ def start(
             by_column = ir.MemRefType(b.type).rank == 5 and (_is_array(a) or ir.MemRefType(a.type).rank == 4)
             of_b = _column_descriptors if by_column else _turned_descriptors if "b" in turned else _descriptors
             of_a = _turned_descriptors if "a" in turned else _descriptors
-            lefts = _operand_words(a) if _is_array(a) else [[x] for x in of_a(a)]
+            own = {"anew": True} if anew else {}
+            lefts = _operand_words(a) if _is_array(a) else [[x] for x in of_a(a, **own)]
             kind = _Kind(ir.MemRefType(b.type).element_type, "a" in turned, by_column or "b" in turned, negative)
-            steps += [(left, right, kind) for left, right in zip(lefts, of_b(b), strict=True)]
+            steps += [(left, right, kind) for left, right in zip(lefts, of_b(b, **own), strict=True)]
         for number, step in enumerate(steps):
             if tail and number == len(steps) - tail:
                 nvvm.wgmma_commit_group_sync_aligned()
@@ -440,7 +442,7 @@ def _is_array(x: Any) -> bool:
     return isinstance(x, fragmented_array.FragmentedArray)
 
 
-def _descriptors(ref: Any) -> list[ir.Value]:
+def _descriptors(ref: Any, anew: bool = False) -> list[ir.Value]:
     """Of a matrix in tiles of eight rows of a swizzle: what wgmma takes for every 32 bytes of a row."""
     shape, strides, swizzle = ir.MemRefType(ref.type).shape, _byte_strides(ref), _swizzle(ref)
     if len(shape) == 5:  # parts of rows one after the other
@@ -448,14 +450,14 @@ def _descriptors(ref: Any) -> list[ir.Value]:
         return _word_descriptors(ref, (strides[1] >> 4) << 32 | SWIZZLES[swizzle] << 62, offsets, anew=True)
     offsets = [strides[1] * tile + 32 * step for tile in range(shape[1]) for step in range(swizzle // 32)]
     facts = (strides[0] >> 4) << 32 | SWIZZLES[swizzle] << 62
-    return _wide_descriptors(ref, facts, offsets) if _bytes(ref) == 1 else _word_descriptors(ref, facts, offsets)
+    return _wide_descriptors(ref, facts, offsets) if _bytes(ref) == 1 else _word_descriptors(ref, facts, offsets, anew)
 
 
-def _turned_descriptors(ref: Any) -> list[ir.Value]:
+def _turned_descriptors(ref: Any, anew: bool = False) -> list[ir.Value]:
     """Of a bf16 matrix [k, n] in such tiles: what wgmma takes for every 16 rows."""
     shape, strides = ir.MemRefType(ref.type).shape, _byte_strides(ref)
     facts = (strides[1] >> 4) << 16 | (strides[0] >> 4) << 32 | SWIZZLES[_swizzle(ref)] << 62
-    return _word_descriptors(ref, facts, [strides[0] * tile for tile in range(0, shape[0], 2)])
+    return _word_descriptors(ref, facts, [strides[0] * tile for tile in range(0, shape[0], 2)], anew)
 
 
 def _column_descriptors(ref: Any) -> list[ir.Value]:
