@@ -12,7 +12,6 @@ off several tiles, a tile being a token and 64 heads.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -21,22 +20,30 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax_fp8attn.pallas import sparse_narrow_sm90
 from jax_fp8attn.pallas.common import configs, hopper, latent_rows
 from jax_fp8attn.pallas.common.backend import varying_like
 from jax_fp8attn.pallas.common.hopper import full_row, spread
-from jax_fp8attn.pallas.common.latent_rows import HALF, ROWS, TILES, Gather, Pool
+from jax_fp8attn.pallas.common.latent_rows import HALF, ROWS, TILES, Gather
+from jax_fp8attn.pallas.common.sparse_tiles import (
+    LN2,
+    SLACK,
+    Operands,
+    Tile,
+    gather_of,
+    groups_of,
+    operands_of,
+    row_numbers,
+    tile_of,
+)
 
 from jax_fp8attn.dispatch import Device
-from jax_fp8attn.latent import Fp8Latent
 from jax_fp8attn.problems import SparseArrays, SparseProblem
 from jax_fp8attn.quantize import E4M3
 
-LOG2E, LN2 = math.log2(math.e), math.log(2.0)
 HEADS, WIDTH = 64, 512  # of a tile
 CONSUMERS, SLOTS = 2, 2  # blocks of a slot are scored by one consumer
 BF16 = jnp.dtype(jnp.bfloat16)
-SLACK = 8.0  # in base 2: so far scores may exceed the maximum in use
-FIELDS = ("prefix_start", "prefix_end", "extend_start", "extend_end")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +93,9 @@ def supports(problem: SparseProblem, device: Device) -> tuple[str, ...]:
 
 
 def run(problem: SparseProblem, arrays: SparseArrays) -> Any:
+    """Few heads have a kernel of their own: they would fill a part of a tile."""
+    if problem.heads <= sparse_narrow_sm90.HEADS:
+        return sparse_narrow_sm90.run(problem, arrays)
     return build(problem, default_config(problem))(arrays)
 
 
@@ -98,57 +108,12 @@ def build(problem: SparseProblem, config: SparseConfig, interpret: Any = None) -
             out = jnp.zeros((0, problem.heads, WIDTH), problem.out_dtype)
             return (out, jnp.zeros((problem.heads, 0))) if problem.return_lse else out
         kernel = _Kernel(problem, config, interpret)
-        out, *lse = varying_like(arrays, kernel.call(_operands(problem, arrays)))
+        out, *lse = varying_like(arrays, kernel.call(operands_of(problem, arrays, HEADS)))
         if not problem.return_lse:
             return out
         return out, lse[0].reshape(problem.tokens, -1)[:, : problem.heads].T
 
     return op
-
-
-class _Operands(NamedTuple):
-    """What the kernel reads."""
-
-    q: Pool  # bf16 [T, H, 512] as ``nope``, or FP8 with leading axis [T * H]
-    pools: tuple[Pool, ...]
-    indices: tuple[Any, ...]  # int32 [entries]
-    lists: Any  # int32 [T, 4]: FIELDS
-    scale: Any  # float32 [instances], in base 2
-    sink: Any  # float32 [instances, groups, 64], in base 2; -inf: none
-
-
-def _operands(problem: SparseProblem, arrays: SparseArrays) -> _Operands:
-    pools = [pool for pool in (arrays.prefix, arrays.extend) if pool is not None]
-    bounds = [x for pool in pools for x in (pool.start, pool.end)]
-    bounds += [jnp.zeros_like(bounds[0])] * (len(FIELDS) - len(bounds))
-    groups = _groups(problem)
-    sink = jnp.full((problem.instances, problem.heads), -jnp.inf) if arrays.sink is None else arrays.sink * LOG2E
-    sink = jnp.pad(sink, ((0, 0), (0, groups * HEADS - problem.heads)), constant_values=-jnp.inf)
-    rows, indices = (tuple(_some(x) for x in given) for given in zip(*(pool[:2] for pool in pools), strict=True))
-    return _Operands(
-        _queries(arrays.q), tuple(map(_pool, rows)), indices,
-        jnp.stack(bounds, axis=1), arrays.softmax_scale * LOG2E, sink.reshape(problem.instances, groups, HEADS),
-    )  # fmt: skip
-
-
-def _queries(q: Any) -> Pool:
-    if isinstance(q, Fp8Latent):
-        return _pool(jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), q))
-    return _pool(q.astype(BF16))
-
-
-def _some(rows: Any) -> Any:
-    """A kernel takes no array without elements: one row stands in, which no index is."""
-    return jax.tree.map(lambda x: x if x.shape[0] else jnp.zeros((1, *x.shape[1:]), x.dtype), rows)
-
-
-def _pool(rows: Any) -> Pool:
-    return Pool(rows.nope, rows.rope, rows.scale) if isinstance(rows, Fp8Latent) else Pool(rows, None, None)
-
-
-def _groups(problem: SparseProblem) -> int:
-    """Tiles of a token."""
-    return -(-problem.heads // HEADS)
 
 
 class _Shared(NamedTuple):
@@ -168,26 +133,6 @@ class _Shared(NamedTuple):
     p_there: Any  # [2]
     sums_there: Any
     free: Any = None  # [2 * slots]: a consumer is done with its half. Without a producer nobody asks
-
-
-class _Tile(NamedTuple):
-    """The scalars of a tile."""
-
-    number: Any
-    token: Any
-    group: Any
-    instance: Any
-    starts: tuple[Any, Any]
-    ends: tuple[Any, Any]
-    prefix_blocks: Any
-    blocks: Any  # at least one
-
-    def entries(self, number: Any) -> tuple[Any, Any, Any]:
-        """Pool, first entry and end of its list, of a block."""
-        second = number >= self.prefix_blocks
-        local = number - jnp.where(second, self.prefix_blocks, 0)
-        pick = lambda pair: jnp.where(second, pair[1], pair[0])
-        return second.astype(jnp.int32), pick(self.starts) + local * ROWS, pick(self.ends)
 
 
 class _Softmax(NamedTuple):
@@ -210,7 +155,7 @@ class _Kernel:
 
     @property
     def groups(self) -> int:
-        return _groups(self.problem)
+        return groups_of(self.problem, HEADS)
 
     @property
     def tiles(self) -> int:
@@ -221,14 +166,10 @@ class _Kernel:
         """Blocks of threads."""
         return min(self.config.blocks or self.tiles, self.tiles)
 
-    @property
-    def pool_rows(self) -> tuple[int, ...]:
-        return tuple(pool.rows for pool in (self.problem.prefix, self.problem.extend) if pool is not None)
+    def gather(self, gmem: Operands) -> Gather:
+        return gather_of(self.problem, gmem, self.plain)
 
-    def gather(self, gmem: _Operands) -> Gather:
-        return Gather(self.problem.prefix.form, gmem.pools, self.plain)
-
-    def call(self, operands: _Operands) -> list[jax.Array]:
+    def call(self, operands: Operands) -> list[jax.Array]:
         problem = self.problem
         options = {} if self.interpret is None else {"interpret": self.interpret}
         given, tree = jax.tree.flatten(operands)
@@ -279,7 +220,7 @@ class _Kernel:
         q, out = ((first, first), next(given)) if self.plain else (tuple(first)[:2], tuple(first)[2])
         return _Shared(q, out, *given)
 
-    def _body(self, gmem: _Operands, results: Any, scratch: Iterator[Any]) -> None:
+    def _body(self, gmem: Operands, results: Any, scratch: Iterator[Any]) -> None:
         smem, warpgroup = self._shared(scratch), lax.axis_index("warpgroup")
         for number in range(CONSUMERS):
 
@@ -304,17 +245,13 @@ class _Kernel:
                     for half in range(2 * SLOTS):
                         plgpu.barrier_wait(smem.free.at[half])
 
-    def _each_tile(self, gmem: _Operands, work: Callable[[_Tile], None]) -> None:
+    def _each_tile(self, gmem: Operands, work: Callable[[Tile], None]) -> None:
         @pl.loop(lax.axis_index("block"), self.tiles, step=self.blocks)
         def one(number: Any) -> None:
             work(self._tile(gmem, number))
 
-    def _tile(self, gmem: _Operands, number: Any) -> _Tile:
-        token, group = lax.div(number, self.groups), lax.rem(number, self.groups)
-        starts, ends = (tuple(gmem.lists[token, n + k] for k in (0, 2)) for n in (0, 1))
-        counts = [lax.div(end - start + (ROWS - 1), ROWS) for start, end in zip(starts, ends, strict=True)]
-        instance = lax.div(token, self.problem.tokens // self.problem.instances)
-        return _Tile(number, token, group, instance, starts, ends, counts[0], jnp.maximum(counts[0] + counts[1], 1))
+    def _tile(self, gmem: Operands, number: Any) -> Tile:
+        return tile_of(self.problem, gmem.lists, number, self.groups)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,22 +259,17 @@ class _Producer:
     """Fills the slots."""
 
     kernel: _Kernel
-    gmem: _Operands
+    gmem: Operands
     smem: _Shared
 
     @property
     def gather(self) -> Gather:
         return self.kernel.gather(self.gmem)
 
-    def numbers(self, tile: _Tile, block: Any) -> tuple[Any, Any]:
-        """Of the rows of a block, and their pool. A block past the last has none."""
-        pool, first, end = tile.entries(block)
-        if len(self.gmem.pools) == 1:
-            end = jnp.where(pool > 0, first, end)
-            pool = pool * 0
-        return latent_rows.listed(self.gmem.indices, self.kernel.pool_rows, pool, first, end, self.kernel.plain), pool
+    def numbers(self, tile: Tile, block: Any) -> tuple[Any, Any]:
+        return row_numbers(self.kernel.problem, self.gmem, tile, block, self.kernel.plain)
 
-    def stream(self, tile: _Tile) -> None:
+    def stream(self, tile: Tile) -> None:
         """FP8 rows: those of the next block are on their way to registers while this one's are stored."""
         gather, smem, halves = self.gather, self.smem, self.kernel.config.halves
         numbers, pool = self.numbers(tile, 0)
@@ -367,7 +299,7 @@ class _Producer:
 
         lax.fori_loop(0, tile.blocks, block, (numbers, following, following_pool, first, second, scales))
 
-    def stream_copies(self, tile: _Tile) -> None:
+    def stream_copies(self, tile: Tile) -> None:
         """bf16 rows, half after half."""
         gather, smem = self.gather, self.smem
 
@@ -410,7 +342,7 @@ class _Filler:
     """Without a producer: the half of the columns that a consumer weighs. Its slots are free when it has weighed."""
 
     producer: _Producer
-    tile: _Tile
+    tile: Tile
     half: int
 
     def begin(self) -> _Rows:
@@ -461,7 +393,7 @@ class _Consumer:
     """Scores every other block and weighs half of the columns of all."""
 
     kernel: _Kernel
-    gmem: _Operands
+    gmem: Operands
     smem: _Shared
     results: Any
     number: int
@@ -470,7 +402,7 @@ class _Consumer:
     def other(self) -> int:
         return 1 - self.number
 
-    def attend(self, tile: _Tile) -> None:
+    def attend(self, tile: Tile) -> None:
         self._load_queries(tile)
         filler = rows = None
         if not self.kernel.config.producer:
@@ -512,7 +444,7 @@ class _Consumer:
         tile = self.kernel._tile(self.gmem, tile.number)
         self._finish(tile, lax.cond(last, self._weigh_other, lambda state: state, state))
 
-    def _load_queries(self, tile: _Tile) -> None:
+    def _load_queries(self, tile: Tile) -> None:
         """This consumer's half of the columns."""
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # results of the tile before stand there
         smem, kernel = self.smem, self.kernel
@@ -609,7 +541,7 @@ class _Consumer:
     def _total(self) -> Any:
         return self.row(self.smem.sums.at[0]) + self.row(self.smem.sums.at[1])
 
-    def _finish(self, tile: _Tile, state: _Softmax) -> None:
+    def _finish(self, tile: Tile, state: _Softmax) -> None:
         """Adds up the sums of both consumers, divides and stores."""
         smem, me = self.smem, self.number
         smem.sums.at[me][...] = state.total.sum(axis=1)
@@ -631,7 +563,7 @@ class _Consumer:
             plgpu.copy_smem_to_gmem(smem.lse, self.results[1].at[tile.token, tile.group], commit_group=False)
         self._store(tile, value)
 
-    def _store(self, tile: _Tile, value: Any) -> None:
+    def _store(self, tile: Tile, value: Any) -> None:
         """Through shared memory, four pieces of 128 bytes a row at a time."""
         dtype = self.kernel.problem.out_dtype
         columns = 128 // dtype.itemsize
@@ -645,7 +577,7 @@ class _Consumer:
             self._copy_out(tile, first, columns)
             plgpu.commit_smem_to_gmem_group()
 
-    def _copy_out(self, tile: _Tile, first: int, columns: int) -> None:
+    def _copy_out(self, tile: Tile, first: int, columns: int) -> None:
         """Of the last tile of a token only the heads that there are."""
         heads, groups = self.kernel.problem.heads, self.kernel.groups
 

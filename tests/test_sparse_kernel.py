@@ -4,8 +4,6 @@ gather rows, emulated on integers."""
 import contextlib
 import dataclasses
 import functools
-import types
-from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -15,14 +13,18 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import row_lanes
 import sparse_cases
+import sparse_kernel_cases
 from implementations import kernels
 from interpreter import run_interpreted, verdict
 from jax_fp8attn.pallas import sparse_prefill_sm90
 from jax_fp8attn.pallas.common import latent_rows
 from jax_fp8attn.pallas.common.latent_rows import Gather, Pool
 from jax_fp8attn.pallas.sparse_prefill_sm90 import SparseConfig
-from sparse_cases import INT_MAX, Case, normal, prepared, quantize
+from row_lanes import SHARED, TARGET, Lanes, Vector, registers_of, rows_in, scalar
+from sparse_cases import INT_MAX, Case, normal, quantize
+from sparse_kernel_cases import BYTES, FP8, case, operands, slow
 
 from jax_fp8attn.dispatch import Device
 from jax_fp8attn.latent import dequantize_latent
@@ -33,63 +35,12 @@ from jax_fp8attn.xla import sparse_prefill as xla
 
 BF16, F16, F32 = (np.dtype(t) for t in (ml_dtypes.bfloat16, np.float16, np.float32))
 HOPPER = Device("cuda", "H200", (9, 0))
-P, S = 40, 24  # rows of the pools
-LISTS = (  # of the prefix and of the extend rows
-    ([], []),
-    ([], [3]),
-    ([*range(20), 7, 7, 7, -1, P, INT_MAX, -(2**31), *range(37)], []),
-    ([n % 3 for n in range(64)] + [3 + n % 9 for n in range(64)] + [30, 31], [n % 5 for n in range(65)]),
-    ([-1, P + 1] * 35, [S]),
-    (list(range(39)) + [2] * 24, [0]),
-)
 INF, NAN = np.inf, np.nan
-
-
-def case(
-    heads: int = 64,
-    rows: dict[str, Any] | None = None,
-    q: dict[str, Any] | None = None,
-    two: bool = True,
-    seed: int = 0,
-) -> Case:
-    """Tokens with the lists above. ``rows`` and ``q``: how they are quantised; bf16 without. Rows that no list names
-    hold NaN."""
-    stored = lambda x, form: x if form is None else quantize(x, **form)
-    queries, prefix, extend = normal(seed, len(LISTS), heads, 512), normal(seed + 1, P, 512), normal(seed + 2, S, 512)
-    sinks = np.linspace(-1, 3, heads)
-    sinks[:4] = -INF, INF, 20.0, NAN
-    given = Case(
-        q=stored(queries, q), prefix=poisoned(stored(prefix, rows), 39), prefix_lists=[x for x, _ in LISTS],
-        prefix_capacity=400,
-    )  # fmt: skip
-    if not two:
-        return given
-    return given.but(
-        extend=poisoned(stored(extend, rows), 10), extend_lists=[x for _, x in LISTS], extend_capacity=100,
-        sink=sinks.astype(F32),
-    )  # fmt: skip
-
-
-def poisoned(rows: Any, first: int) -> Any:
-    """NaN in row ``first`` and behind, in all parts."""
-
-    def poison(x: Any) -> Any:
-        return x.at[first:].set(255 if x.dtype == jnp.uint8 else jnp.nan)
-
-    return jax.tree.map(poison, rows)
-
-
-FP8, BYTES = {"group": 64}, {"group": 32, "scale_dtype": "uint8"}
 
 
 def kernel(interpret: Any, problem: SparseProblem, arrays: SparseArrays, cut: dict[str, Any] | None = None) -> Any:
     config = dataclasses.replace(sparse_prefill_sm90.default_config(problem), **(cut or {}))
     return sparse_prefill_sm90.build(problem, config, interpret)(jax.tree.map(jnp.asarray, arrays))
-
-
-def operands(given: Case, **options: Any) -> tuple[SparseProblem, SparseArrays]:
-    problem, arrays = prepared(lambda: given.run("xla", **options))
-    return problem, jax.tree.map(np.asarray, arrays)
 
 
 def interpreted(given: Case, cut: dict[str, Any] | None = None, **options: Any) -> Any:
@@ -102,25 +53,7 @@ def on_hardware(given: Case, cut: dict[str, Any] | None = None, **options: Any) 
 
 
 def check(given: Case, cut: dict[str, Any] | None = None, run: Any = interpreted, **options: Any) -> Any:
-    """Within the bounds of the oracle, and no number where it has none."""
-    out, lse = run(given, cut, **options)
-    with np.errstate(invalid="ignore"):
-        expected, expected_lse = given.expected()
-    out = out.astype(np.float64)
-    finite = np.isfinite(expected_lse)
-    np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(expected_lse))
-    np.testing.assert_array_equal(np.isnan(lse), np.isnan(expected_lse))
-    np.testing.assert_allclose(lse[finite], expected_lse[finite], rtol=0, atol=1e-3)
-    empty = np.isneginf(expected_lse).T[..., None]  # whatever the sink
-    expected = np.where(empty, 0.0, expected)
-    np.testing.assert_array_equal(np.isnan(out), np.isnan(expected))
-    mass = lambda x: np.linalg.norm(np.nan_to_num(x), axis=-1)
-    assert (mass(out - expected) <= sparse_cases.BF16 * mass(expected)).all()
-    return out, lse
-
-
-def slow(*cases: Any) -> list[Any]:
-    return [pytest.param(*one, marks=pytest.mark.slow) for one in cases]
+    return sparse_kernel_cases.check(run, given, cut, **options)
 
 
 class TestInterpreted:
@@ -300,128 +233,6 @@ def faulty(interpret: Any, fault: str, problem: SparseProblem, arrays: SparseArr
         return kernel(interpret, problem, arrays, cut)
 
 
-class Vector:
-    """A register of several words, each of all 128 threads."""
-
-    def __init__(self, words: list[np.ndarray]) -> None:
-        self.words = words
-
-
-class Lanes:
-    """Stands in for MLIR's operations: a value is an int64 array, a number a thread. Pointers count from where their
-    array begins, which is a multiple of 2^40; shared memory is at 0."""
-
-    THREAD = np.arange(latent_rows.THREADS)
-
-    def __init__(self, arrays: list[np.ndarray], shared: int = 0) -> None:
-        self.memory = [np.frombuffer(np.asarray(x).tobytes(), np.uint8) for x in arrays]
-        self.shared = np.zeros(shared, np.uint8)
-        self.writes = np.zeros(shared, int)
-
-    def refs(self) -> list[Any]:
-        return [types.SimpleNamespace(address=np.full(128, (n + 1) << 40)) for n in range(len(self.memory))]
-
-    def read(self, address: np.ndarray, size: int, there: np.ndarray, other: int = 0) -> np.ndarray:
-        """uint8 [128, size]; an address outside of its array fails."""
-        found = np.full((128, size), other & 0xFF, np.uint8)
-        for thread in np.flatnonzero(there):
-            array, place = int(address[thread]) >> 40, int(address[thread]) & ((1 << 40) - 1)
-            assert array and place % size == 0 and place + size <= self.memory[array - 1].size
-            found[thread] = self.memory[array - 1][place : place + size]
-        return found
-
-    def write(self, address: np.ndarray, values: np.ndarray) -> None:
-        """uint8 [128, size]; 16 bytes a lane must not meet in a bank."""
-        size = values.shape[1]
-        place = address[:, None] + np.arange(size)
-        if size == 16:
-            assert all(len({a // 16 % 8 for a in eight}) == 8 for eight in address.reshape(-1, 8))
-            np.add.at(self.writes, place, 1)
-        self.shared[place] = values
-
-    @contextlib.contextmanager
-    def emulated(self) -> Iterator[None]:
-        full = lambda value: np.full(128, value, np.int64)
-        words = lambda x: np.ascontiguousarray(x).view(np.int32).astype(np.int64)
-        compare = {"ult": lambda a, b: a % 2**32 < b % 2**32, "slt": np.less, "sge": np.greater_equal,
-                   "ne": np.not_equal, "eq": np.equal}  # fmt: skip
-        arith = types.SimpleNamespace(
-            addi=np.add, muli=np.multiply, andi=np.bitwise_and, xori=np.bitwise_xor, remui=np.remainder,
-            shrui=np.right_shift, shli=lambda a, b: (a << b).astype(np.int32).astype(np.int64), maxsi=np.maximum,
-            select=np.where, extui=lambda kind, x: x.astype(np.int64), constant=lambda kind, value: full(value),
-            cmpi=lambda name, a, b: compare[name](a, b), CmpIPredicate=types.SimpleNamespace(**{n: n for n in compare}),
-        )  # fmt: skip
-
-        def load_word(pointer: Any, offset: int, there: Any, kind: str, other: int) -> Any:
-            if kind == "u8":
-                return self.read(pointer + offset, 1, there)[:, 0].astype(np.int64)
-            return words(self.read(pointer + offset, 4, there, other))[:, 0]
-
-        def load_words(pointer: Any, offset: int, there: Any) -> Any:
-            return Vector(list(words(self.read(pointer + offset, 16, there)).T))
-
-        def as_bytes(vector: Vector) -> np.ndarray:
-            return np.stack(vector.words, axis=1).astype(np.int32).view(np.uint8)
-
-        def dequantised(codes: Vector, factor: np.ndarray) -> list[Vector]:
-            scale = factor.astype(np.int32).view(np.float32)[:, None]
-            with np.errstate(invalid="ignore"):
-                values = (as_bytes(codes).view(ml_dtypes.float8_e4m3fn).astype(F32) * scale).astype(BF16)
-            return [Vector(list(words(values[:, n : n + 8]).T)) for n in (0, 8)]
-
-        def copy_piece(place: Any, offset: int, pointer: Any, source: int, size: Any) -> None:
-            self.write(place + offset, self.read(pointer + source, 16, size > 0))
-
-        stand_ins = {
-            "arith": arith, "_word": lambda value: full(value), "_element": lambda x: x.words[0],
-            "_vector": Vector, "_words": lambda x: x.words, "_i32": lambda: None,
-            "ir": types.SimpleNamespace(
-                IntegerType=types.SimpleNamespace(get_signless=lambda bits: bits),
-                IntegerAttr=types.SimpleNamespace(get=lambda kind, value: value),
-            ),
-            "hopper": types.SimpleNamespace(emit_end_of_block=lambda number: None),
-            "llvm": types.SimpleNamespace(ptrtoint=lambda kind, x: x),
-            "nvvm": types.SimpleNamespace(cp_async_commit_group=lambda: None),
-            "utils": types.SimpleNamespace(
-                memref_ptr=lambda ref: ref.address, thread_idx=lambda: self.THREAD + 256,
-                getelementptr=lambda pointer, offsets, kind: pointer + offsets[0],
-            ),
-            "_array": lambda registers, layout: registers_of(registers),
-            "_load_word": load_word, "_load_words": load_words, "_dequantised": dequantised,
-            "_store_words": lambda address, x: self.write(address, as_bytes(x)), "_copy_piece": copy_piece,
-            "_store_word": lambda address, offset, x: self.write(address + offset, as_bytes(Vector([x]))),
-            "_from_lane": lambda x, lane: x[self.THREAD // 4 * 4 + lane],
-        }  # fmt: skip
-        with contextlib.ExitStack() as stack:
-            for name, value in stand_ins.items():
-                stack.enter_context(mock.patch.object(latent_rows, name, value))
-            plain = lambda **_: lambda function: lambda *given: function(None, *given)
-            stack.enter_context(mock.patch.object(plgpu, "inline_mgpu", plain))
-            yield
-
-
-def registers_of(values: list[Any]) -> Any:
-    array = np.empty(len(values), object)
-    array[:] = values
-    return types.SimpleNamespace(registers=array)
-
-
-def scalar(value: int) -> Any:
-    return types.SimpleNamespace(registers=types.SimpleNamespace(item=lambda: np.full(128, value, np.int64)))
-
-
-SHARED = 8 * latent_rows.TILE
-TARGET = types.SimpleNamespace(address=np.zeros(128, np.int64))
-
-
-def rows_in(shared: np.ndarray) -> np.ndarray:
-    """bf16 [64, 512] as wgmma reads tiles with a swizzle of 128 bytes."""
-    pieces = shared[:SHARED].reshape(8, 64, 8, 16)
-    row, piece = np.ogrid[:64, :8]
-    plain = pieces[:, row, piece ^ (row % 8)]  # [8, 64, 8, 16]
-    return plain.transpose(1, 0, 2, 3).reshape(64, 1024).view(BF16)
-
-
 class TestLanes:
     """Addresses, swizzles and scales of the gather, which the interpreter replaces."""
 
@@ -442,7 +253,7 @@ class TestLanes:
             numbers = latent_rows.listed(tuple(refs[-2:]), counts, half_pool, scalar(3), scalar(60), False)
             numbers = registers_of([Vector([x.words[0]]) for x in numbers.registers])
             self.stored(gather, numbers, half_pool)
-            valid = types.SimpleNamespace(address=np.full(128, SHARED))
+            valid = row_lanes.at(SHARED)
             latent_rows.note_valid(numbers, valid, False)
         entries = (listed, listed[::-1])[pool][3 : 3 + 64].astype(np.int64)
         there = (np.arange(64) < 57) & (entries >= 0) & (entries < counts[pool])
@@ -465,7 +276,7 @@ class TestLanes:
         """Heads of a token, the last tile not full."""
         with Lanes([]).emulated():
             numbers = latent_rows.following(scalar(1000), scalar(37), False)
-        row = np.concatenate([x.words[0] for x in numbers.registers]).reshape(2, 32, 4)
+        row = np.concatenate([x.words[0] for x in numbers.registers]).reshape(2, 4, 8, 4).swapaxes(0, 1)
         assert (row == row[..., :1]).all()
         np.testing.assert_array_equal(row[..., 0].ravel(), [1000 + n if n < 37 else -1 for n in range(64)])
 

@@ -302,20 +302,23 @@ def _gdn_recurrence(label: str, config: Any, initial: bool = True, pool: bool = 
 
 
 def sparse_calls() -> Iterator[Call]:
-    """Rows and queries of both forms, one pool and two, scales of both kinds, head counts that are no multiple of 64,
-    outputs of both widths."""
+    """Both kernels: rows and queries of both forms, one pool and two, scales of both kinds, head counts that fill no
+    tile, outputs of both widths."""
     fp8 = {"group": 64, "scale_dtype": F32}
     bytes32 = {"group": 32, "scale_dtype": jnp.uint8}
     yield _sparse("FP8 rows, 72 heads, a block a tile, float32 output", rows=fp8, heads=72, blocks=0, out_dtype=F32)
     yield _sparse("E8M0 scales per 32, queries too, two pools", rows=bytes32, q=bytes32, extend=64)
     yield _sparse("bf16 rows, FP8 queries, 128 heads, two pools", q=fp8, heads=128, extend=64)
+    yield _sparse("16 heads, FP8 rows, two pools", rows=fp8, heads=16, extend=64)
+    yield _sparse("7 heads, bf16 rows, FP8 queries, float32 output", q=fp8, heads=7, out_dtype=F32)
+    yield _sparse("32 heads, E8M0 scales per 32, queries too, two pools", bytes32, bytes32, 32, extend=64)
 
 
 def _sparse(
     label: str, rows: Any = None, q: Any = None, heads: int = 64, extend: int = 0, out_dtype: Any = BF16, **cut: Any
 ) -> Call:
-    """Through ``build``: ``supports`` refuses until the kernel is measured."""
-    from jax_fp8attn.pallas import sparse_prefill_sm90 as kernel
+    """Through ``build``: ``supports`` refuses until the kernels are measured."""
+    from jax_fp8attn.pallas import sparse_narrow_sm90, sparse_prefill_sm90
     from jax_fp8attn.problems import PoolForm, SparseArrays, SparsePool, SparseProblem
 
     tokens, prefix, entries = 64, 1024, 4096
@@ -329,6 +332,7 @@ def _sparse(
     )  # fmt: skip
     lists = [None if form is None else list_of._replace(rows=x) for form, (_, x) in zip(pools, given[1:], strict=True)]
     leaves, tree = jax.tree.flatten(SparseArrays(given[0][1], *lists, of((1,), F32), of((1, heads), F32)))
+    kernel = sparse_narrow_sm90 if heads <= sparse_narrow_sm90.HEADS else sparse_prefill_sm90
     run = kernel.build(problem, dataclasses.replace(kernel.default_config(problem), **cut))
     return Call(label, lambda *given: run(jax.tree.unflatten(tree, given)), tuple(leaves))
 

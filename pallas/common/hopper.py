@@ -138,6 +138,7 @@ def start(
     tail: int = 0,
     turned: str = "",
     negative: bool = False,
+    anew: bool = False,
 ) -> Any:
     """Starts the sum of products a @ b.T of e4m3, bf16 or f16 as one group; ``settled`` gives the result. ``tail``: so
     many instructions at the end are a group of their own.
@@ -147,7 +148,7 @@ def start(
     or a and b both as [k / 64, rows, 64]. ``turned``: names those of a and b, of 16 bits, that are their transposes in
     shared memory. ``onto``: float32 sums that the products are added to, or, if they are ``negative``, subtracted from.
     Without them the first product overwrites: plgpu.wgmma adds to zeros, which the assembler now and then writes one by
-    one.
+    one. ``anew``: places of operands of 16 bits take no registers through a loop.
     """
     in_registers = [not hasattr(a, "transforms") for a, _, _ in pairs]
     types, operands = [], []
@@ -173,9 +174,10 @@ def start(
             by_column = ir.MemRefType(b.type).rank == 5 and (_is_array(a) or ir.MemRefType(a.type).rank == 4)
             of_b = _column_descriptors if by_column else _turned_descriptors if "b" in turned else _descriptors
             of_a = _turned_descriptors if "a" in turned else _descriptors
-            lefts = _operand_words(a) if _is_array(a) else [[x] for x in of_a(a)]
+            own = {"anew": True} if anew else {}
+            lefts = _operand_words(a) if _is_array(a) else [[x] for x in of_a(a, **own)]
             kind = _Kind(ir.MemRefType(b.type).element_type, "a" in turned, by_column or "b" in turned, negative)
-            steps += [(left, right, kind) for left, right in zip(lefts, of_b(b), strict=True)]
+            steps += [(left, right, kind) for left, right in zip(lefts, of_b(b, **own), strict=True)]
         for number, step in enumerate(steps):
             if tail and number == len(steps) - tail:
                 nvvm.wgmma_commit_group_sync_aligned()
@@ -340,6 +342,12 @@ def emit_end_of_block(number: int = 1) -> None:
     utils.inline_ptx(text, has_side_effects=True)
 
 
+def emit_anew(word: Any) -> Any:
+    """Inside ``inline_mgpu``: what is computed from it is computed where it is used, and not kept in registers through
+    a loop."""
+    return llvm.inline_asm(word.type, [word], "mov.b32 $0, $1;", "=r,r", asm_dialect=0, has_side_effects=True)
+
+
 def clear_nonfinite(values: Any, record: Any, first_key: Any, first_column: Any) -> None:
     """NaN and infinities in values, bf16 [keys, 64] as ``tiles``, become 0; the first key with NaN, +inf and -inf in a
     column is noted in ``record``, int32 [4, columns], and 0 in its last row. ``first_key`` is that of the first row.
@@ -434,7 +442,7 @@ def _is_array(x: Any) -> bool:
     return isinstance(x, fragmented_array.FragmentedArray)
 
 
-def _descriptors(ref: Any) -> list[ir.Value]:
+def _descriptors(ref: Any, anew: bool = False) -> list[ir.Value]:
     """Of a matrix in tiles of eight rows of a swizzle: what wgmma takes for every 32 bytes of a row."""
     shape, strides, swizzle = ir.MemRefType(ref.type).shape, _byte_strides(ref), _swizzle(ref)
     if len(shape) == 5:  # parts of rows one after the other
@@ -442,14 +450,14 @@ def _descriptors(ref: Any) -> list[ir.Value]:
         return _word_descriptors(ref, (strides[1] >> 4) << 32 | SWIZZLES[swizzle] << 62, offsets, anew=True)
     offsets = [strides[1] * tile + 32 * step for tile in range(shape[1]) for step in range(swizzle // 32)]
     facts = (strides[0] >> 4) << 32 | SWIZZLES[swizzle] << 62
-    return _wide_descriptors(ref, facts, offsets) if _bytes(ref) == 1 else _word_descriptors(ref, facts, offsets)
+    return _wide_descriptors(ref, facts, offsets) if _bytes(ref) == 1 else _word_descriptors(ref, facts, offsets, anew)
 
 
-def _turned_descriptors(ref: Any) -> list[ir.Value]:
+def _turned_descriptors(ref: Any, anew: bool = False) -> list[ir.Value]:
     """Of a bf16 matrix [k, n] in such tiles: what wgmma takes for every 16 rows."""
     shape, strides = ir.MemRefType(ref.type).shape, _byte_strides(ref)
     facts = (strides[1] >> 4) << 16 | (strides[0] >> 4) << 32 | SWIZZLES[_swizzle(ref)] << 62
-    return _word_descriptors(ref, facts, [strides[0] * tile for tile in range(0, shape[0], 2)])
+    return _word_descriptors(ref, facts, [strides[0] * tile for tile in range(0, shape[0], 2)], anew)
 
 
 def _column_descriptors(ref: Any) -> list[ir.Value]:
@@ -490,7 +498,7 @@ def _word_descriptors(ref: Any, facts: int, offsets: list[int], anew: bool = Fal
     pair = ir.VectorType.get((2,), i32)
     address = llvm.ptrtoint(i32, utils.memref_ptr(ref))
     if anew:
-        address = llvm.inline_asm(i32, [address], "mov.b32 $0, $1;", "=r,r", asm_dialect=0, has_side_effects=True)
+        address = emit_anew(address)
     address = arith.shrui(address, _word(4))
     first = arith.ori(address, _word(facts & 0xFFFFFFFF)) if facts & 0xFFFFFFFF else address
     lower = [arith.addi(first, _word(offset >> 4)) if offset else first for offset in offsets]

@@ -1,14 +1,19 @@
 """Listed rows of 512 numbers, FP8 with tile scales or bf16, gathered into shared memory as bf16 for wgmma.
 
 A block is 64 rows in two halves of 256 columns: of FP8 rows four and three tiles of 64 codes, and the rotary numbers.
-Four neighbouring lanes have a row, a lane 16 bytes of every 64; a thread has rows ``r`` and ``r + 32``. Shared memory
-holds eight tiles [64, 64] whose 16-byte pieces are swizzled by row. A row with number -1 is none: nothing is read for
-it, and it becomes zeros.
+Four neighbouring lanes have a row, a lane 16 bytes of every 64; a thread has rows ``r`` and ``r + 8``, those that it
+has of accumulators. Shared memory holds eight tiles [64, 64] whose 16-byte pieces are swizzled by row. A row with
+number -1 is none: nothing is read for it, and it becomes zeros.
+
+Rows may also come in eight parts of 64 columns, each in registers as the first operand of a product (``operand``). A
+lane's numbers stay where they are: that permutes the columns inside a part, alike for all rows, and the second operand
+is written to shared memory in the same order (``place``).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -19,13 +24,15 @@ from jax_fp8attn.pallas.common import hopper
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 
-from jax_fp8attn.latent import NOPE, ROPE, Fp8Latent, dequantize_latent
+from jax_fp8attn.latent import NOPE, ROPE, scale_factors
 from jax_fp8attn.problems import RowForm
 from jax_fp8attn.quantize import E4M3
 
 ROWS, HALF = 64, 256  # of a block, and columns of its halves
-TILE, PART = ROWS * 128, ROWS // 2 * 128  # bytes of a tile in shared memory, and of its first 32 rows
+STEP = 8  # from the first to the second row of a thread
+TILE, PART = ROWS * 128, STEP * 128  # bytes of a tile in shared memory, and between the two rows of a thread
 TILES = 4  # of 64 columns in a half
+PARTS = 2 * TILES
 THREADS, OWN = 128, 2  # rows of a thread
 SCALAR = plgpu.Layout.WG_SPLAT
 NUMBERS = plgpu.Layout.WG_STRIDED((THREADS * OWN,), 1)
@@ -146,6 +153,106 @@ class Gather:
         second = arith.shrui(_lane_of_row(), _word(1))
         return _from_lane(held[tile // 2], arith.addi(second, _word(2 * tile % 4)))
 
+    def exact(self, part: int) -> bool:
+        """A part that is stored as bf16."""
+        return not self.fp8 or part == PARTS - 1
+
+    def load_part(self, numbers: Any, pool: Any, part: int) -> Any:
+        """64 columns of rows into registers."""
+        if self.interpreted:
+            return self._plain_part(numbers, pool, part)
+        copied = self.exact(part)
+        rotary = copied and self.fp8
+
+        def emit(pool: Any, numbers: list[Any], refs: Any) -> list[Any]:
+            hopper.emit_end_of_block(16 + part)  # as in ``load``
+            pointer, lane = _select(pool, refs), arith.muli(_lane_of_row(), _word(16))
+            width = 2 * ROPE if rotary else 1024 if copied else NOPE
+            first = 0 if rotary else part * (128 if copied else 64)
+            numbers = [hopper.emit_anew(number) for number in numbers]  # or addresses would take registers
+            return [
+                _load_words(_offset(pointer, number, width, lane), first + 64 * half, _is_row(number))
+                for number in numbers
+                for half in range(1 + copied)
+            ]
+
+        refs = [one.rope if rotary else one.nope for one in self.pools]
+        return _per_row(emit, _strided(OWN * (1 + copied), 4), numbers, pool, refs)
+
+    def operand(self, loaded: Any, scales: Any, part: int) -> Any:
+        """A loaded part, bf16 [64, 64] in the layout of accumulators."""
+        if self.interpreted:
+            return loaded
+        return self._with_words(loaded, scales, part, _operand_of, OPERAND)
+
+    def place(self, loaded: Any, scales: Any, part: int, target: Any, like: Gather) -> None:
+        """The first rows of a loaded part into shared memory [n, 64], columns in the order of operands of ``like``."""
+        count = target.shape[0]
+        if self.interpreted:
+            target[...] = loaded[:count]
+            return
+
+        def put(words: list[list[Any]], target: Any) -> None:
+            base = llvm.ptrtoint(_i32(), utils.memref_ptr(target))
+            for n, own in enumerate(words):
+                row = arith.addi(_row(), _word(STEP * n))
+                there = arith.cmpi(arith.CmpIPredicate.slt, row, _word(count))
+                start = arith.addi(base, arith.muli(row, _word(128)))
+                for k, word in enumerate(own):
+                    column = _place_of(_source_of(k, self.exact(part)), like.exact(part))
+                    piece = _swizzled(arith.shrui(column, _word(2)), row)
+                    inside = arith.muli(arith.andi(column, _word(3)), _word(4))
+                    _store_word_if(arith.addi(arith.addi(start, arith.muli(piece, _word(16))), inside), word, there)
+
+        self._with_words(loaded, scales, part, put, None, target)
+
+    def _with_words(self, loaded: Any, scales: Any, part: int, use: Any, result: Any, *targets: Any) -> Any:
+        """``use`` gets what a thread has of a part: eight words of bf16 pairs of each of its rows."""
+        copied = self.exact(part)
+        types = [_strided(OWN * (1 + copied), 4)] if copied else [_strided(OWN, 4), _strided(OWN * self.held_scales, 1)]
+        options = {} if result is None else {"return_type": result}
+
+        @plgpu.inline_mgpu(arg_types=(*types, *[BF16_TILES] * len(targets)), **options)
+        def emit(_: Any, loaded: Any, *rest: Any) -> Any:
+            vectors = list(loaded.registers.flat)
+            if copied:
+                pairs = [vectors[:2], vectors[2:]]
+            else:
+                bits = [self._scale_bits(x) for x in rest[0].registers.flat]
+                held = [bits[n * self.held_scales : (n + 1) * self.held_scales] for n in range(OWN)]
+                pairs = [_dequantised(codes, self._factor(own, part)) for codes, own in zip(vectors, held, strict=True)]
+            return use(
+                [[word for vector in pair for word in _words(vector)] for pair in pairs], *rest[len(types) - 1 :]
+            )
+
+        return emit(*([loaded] if copied else [loaded, scales]), *targets)
+
+    def keep(self, operand: Any, target: Any, part: int) -> None:
+        """An operand into shared memory [64, 64], columns in the order of the row."""
+        if self.interpreted:
+            target[...] = operand
+            return
+        copied = self.exact(part)
+
+        @plgpu.inline_mgpu(arg_types=(hopper.ACCUMULATOR, BF16_TILES))
+        def emit(_: Any, operand: Any, target: Any) -> None:
+            row, base = _row(), llvm.ptrtoint(_i32(), utils.memref_ptr(target))
+            own = arith.addi(base, arith.muli(row, _word(128)))
+            odd = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(row, _word(1)), _word(0))
+            for n, words in enumerate(_words_of(operand)):
+                halves = [words[:4], words[4:]]
+                if copied:  # odd rows the other way round: neighbouring rows write different banks
+                    turned = [
+                        [arith.select(odd, b, a) for a, b in zip(*pair, strict=True)] for pair in (halves, halves[::-1])
+                    ]
+                    pieces, halves = [_piece(row, k) for k in (0, 1)], turned
+                else:
+                    pieces = [arith.addi(arith.muli(_lane_of_row(), _word(2)), _word(k)) for k in (0, 1)]
+                place = arith.addi(own, _word(n * PART))
+                _store_pieces(place, row, pieces, [_vector(half) for half in halves])
+
+        emit(operand, target)
+
     def copy(self, numbers: Any, pool: Any, target: Any, half: int) -> None:
         """A half of bf16 rows straight into shared memory; ``wait`` says when it is there."""
         if self.interpreted:
@@ -184,15 +291,25 @@ class Gather:
 
     def _plain(self, numbers: Any, pool: Any, half: int) -> Any:
         """bf16 [64, 256]."""
+        return jnp.concatenate([self._plain_part(numbers, pool, TILES * half + n) for n in range(TILES)], axis=1)
+
+    def _plain_part(self, numbers: Any, pool: Any, part: int) -> Any:
+        """bf16 [64, 64]."""
+        columns = slice(64 * part, 64 * (part + 1))
+        take = lambda x, columns: jnp.take(x[:, columns], numbers, axis=0, mode="clip")
 
         def taken(one: Pool) -> Any:
-            rows = [jnp.take(x[...], numbers, axis=0, mode="clip") for x in one if x is not None]
-            return dequantize_latent(Fp8Latent(*rows), jnp.bfloat16) if self.fp8 else rows[0]
+            if self.exact(part):
+                return take(one.nope, columns) if one.rope is None else take(one.rope, slice(0, 64))
+            each = 64 // self.form.scale_group
+            factors = scale_factors(take(one.scale, slice(each * part, each * (part + 1))))
+            factor, rest = (jnp.repeat(x, self.form.scale_group, axis=1) for x in factors)
+            return (take(one.nope, columns).astype(jnp.float32) * factor * rest).astype(jnp.bfloat16)
 
         rows = taken(self.pools[0])
         if len(self.pools) > 1:
             rows = jnp.where(pool > 0, taken(self.pools[1]), rows)
-        return jnp.where(numbers[:, None] < 0, 0, rows)[:, HALF * half : HALF * (half + 1)]
+        return jnp.where(numbers[:, None] < 0, 0, rows)
 
 
 def _per_row(emit: Any, layout: Any, numbers: Any, pool: Any, refs: list[Any]) -> Any:
@@ -223,7 +340,7 @@ def listed(indices: tuple[Any, ...], rows: tuple[int, ...], pool: Any, first: An
             count = arith.select(_is_second(pool), _word(rows[1]), count)
         numbers = []
         for n in range(OWN):
-            place = arith.addi(first, arith.addi(_row(), _word(ROWS // 2 * n)))
+            place = arith.addi(first, arith.addi(_row(), _word(STEP * n)))
             there = arith.cmpi(arith.CmpIPredicate.slt, place, end)
             index = _load_word(_offset(pointer, place, 4, _word(0)), 0, there, "b32", -1)
             inside = arith.cmpi(arith.CmpIPredicate.ult, index, count)
@@ -243,7 +360,7 @@ def following(first: Any, count: Any, interpreted: bool) -> Any:
     def emit(_: Any, first: Any, count: Any) -> Any:
         numbers = []
         for n in range(OWN):
-            row = arith.addi(_row(), _word(ROWS // 2 * n))
+            row = arith.addi(_row(), _word(STEP * n))
             inside = arith.cmpi(arith.CmpIPredicate.slt, row, count.registers.item())
             numbers.append(_vector([arith.select(inside, arith.addi(first.registers.item(), row), _word(-1))]))
         return _array(numbers, NUMBERS)
@@ -262,12 +379,64 @@ def note_valid(numbers: Any, target: Any, interpreted: bool) -> None:
         base = llvm.ptrtoint(_i32(), utils.memref_ptr(target))
         place = arith.addi(base, arith.muli(_row(), _word(4)))
         for n, register in enumerate(numbers.registers.flat):
-            _store_word(place, 128 * n, arith.extui(_i32(), _is_row(_element(register))))
+            _store_word(place, 4 * STEP * n, arith.extui(_i32(), _is_row(_element(register))))
 
     emit(numbers, target)
 
 
 _NUMBERS = plgpu.ShapeDtypeStruct((THREADS * OWN,), jnp.int32, layout=NUMBERS)
+OPERAND = plgpu.ShapeDtypeStruct((ROWS, 64), jnp.bfloat16, layout=hopper.ACCUMULATOR)
+
+
+def _operand_of(words: list[list[Any]]) -> Any:
+    """Word 2 * step + half of a row are its columns 16 * step + 8 * half + 2 * lane and the next."""
+    layout, pair = hopper.ACCUMULATOR.to_mgpu(), ir.VectorType.get((2,), ir.BF16Type.get())
+    registers = np.empty(layout.registers_shape((ROWS, 64)), dtype=object)
+    for number, index in enumerate(np.ndindex(registers.shape)):
+        registers[index] = vector.bitcast(pair, _vector([words[number % OWN][number // OWN]]))
+    return fragmented_array.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+
+def _words_of(operand: Any) -> list[list[Any]]:
+    """The reverse."""
+    one = ir.VectorType.get((1,), _i32())
+    words = [_element(vector.bitcast(one, x)) for x in operand.registers.flat]
+    return [words[n::OWN] for n in range(OWN)]
+
+
+def _source_of(k: int, copied: bool) -> Any:
+    """Which pair of columns of a part a lane's word ``k`` is: it has 16 codes in a row, or 8 numbers of each half."""
+    lane = _lane_of_row()
+    if copied:
+        return arith.addi(arith.muli(lane, _word(4)), _word(16 * (k // 4) + k % 4))
+    return arith.addi(arith.muli(lane, _word(8)), _word(k))
+
+
+def _place_of(pair: Any, copied: bool) -> Any:
+    """Where a pair of columns stands in operands: word 2 * step + half of a lane is 8 * step + 4 * half + lane."""
+    bits = lambda first, count: arith.andi(arith.shrui(pair, _word(first)), _word((1 << count) - 1))
+    terms = [(bits(4, 1), 16), (bits(1, 1), 8), (bits(0, 1), 4), (bits(2, 2), 1)]
+    if not copied:
+        terms = [(bits(1, 2), 8), (bits(0, 1), 4), (bits(3, 2), 1)]
+    return functools.reduce(arith.addi, [arith.muli(x, _word(weight)) for x, weight in terms])
+
+
+def masked(scores: Any, numbers: Any, interpreted: bool) -> Any:
+    """-inf in the rows [64, n] that are none."""
+    if interpreted:
+        return jnp.where((numbers >= 0)[:, None], scores, -jnp.inf)
+    result = plgpu.ShapeDtypeStruct(scores.shape, jnp.float32, layout=hopper.ACCUMULATOR)
+
+    @plgpu.inline_mgpu(arg_types=(hopper.ACCUMULATOR, NUMBERS), return_type=result)
+    def emit(_: Any, scores: Any, numbers: Any) -> Any:
+        there = [_is_row(_element(x)) for x in numbers.registers.flat]
+        registers = np.empty_like(scores.registers)
+        for number, index in enumerate(np.ndindex(registers.shape)):
+            nothing = vector.broadcast(scores.registers[index].type, utils.c(-np.inf, ir.F32Type.get()))
+            registers[index] = arith.select(there[number % OWN], scores.registers[index], nothing)
+        return fragmented_array.FragmentedArray(_registers=registers, _layout=scores.layout, _is_signed=None)
+
+    return emit(scores, numbers)
 
 
 def _strided(registers: int, size: int) -> Any:
@@ -308,7 +477,8 @@ def _thread() -> Any:
 
 def _row() -> Any:
     """The first row of a thread."""
-    return arith.shrui(_thread(), _word(2))
+    warp = arith.shrui(_thread(), _word(5))
+    return arith.addi(arith.muli(warp, _word(2 * STEP)), arith.andi(arith.shrui(_thread(), _word(2)), _word(STEP - 1)))
 
 
 def _lane_of_row() -> Any:
@@ -387,6 +557,11 @@ def _copy_piece(place: Any, offset: int, pointer: Any, source: int, size: Any) -
 
 def _store_word(address: Any, offset: int, word: Any) -> None:
     _side_effect(f"st.shared.b32 [$0 + {offset}], $1;", [address, word], "r,r,~{memory}")
+
+
+def _store_word_if(address: Any, word: Any, there: Any) -> None:
+    text = "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.shared.b32 [$0], $1; }"
+    _side_effect(text, [address, word, arith.extui(_i32(), there)], "r,r,r,~{memory}")
 
 
 def _store_words(address: Any, words: Any) -> None:
