@@ -25,7 +25,7 @@ SUITES = {
     "merge_attn_states": ("test_merge.py", "test_merge_kernel.py"),
     "mla_prefill": ("test_mla_prefill.py", "test_mla_kernel.py", "test_mla_bf16.py", "test_mla_prepare.py"),
     "quantize_fp8": ("test_quantize.py", "test_latent.py"),
-    "sparse_prefill": ("test_sparse_prefill.py", "test_sparse_kernel.py"),
+    "sparse_prefill": ("test_sparse_prefill.py", "test_sparse_kernel.py", "test_sparse_narrow.py"),
 }
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu"}
 TOOLS = ("memcheck", "synccheck")
