@@ -191,7 +191,7 @@ SCALES = dict(q_scale=0.5, k_scale=2.0, v_scale=1.5)
 class TestEndToEnd:
     """The public op under jit, plan and merge in JAX, the host library, and the kernel's interpreter."""
 
-    @pytest.mark.parametrize("causal", [True, False])
+    @pytest.mark.parametrize("causal", [True, pytest.param(False, marks=pytest.mark.slow)])
     def test_lse_of_every_row(self, machine: Amd, monkeypatch: pytest.MonkeyPatch, causal: bool) -> None:
         """Ragged, with empty sequences, rows of no sequence and rows without a key; NaN in memory of no sequence. A
         second run is equal bit for bit. Grid, block and the numbers among the kernel's arguments. Other lengths and
@@ -241,6 +241,7 @@ class TestEndToEnd:
         testing.assert_relative_error(out.dequantize(), want.dequantize(), 2 * ERROR)
         testing.assert_lse_close(lse, want_lse, LSE_ERROR)
 
+    @pytest.mark.slow
     def test_nan_reaches_its_readers_and_no_one_else(self, machine: Amd) -> None:
         """R2, R6: the interpreter refuses every NaN; positions are those of the oracle."""
         q, k, v = operands(150, 150, 2)
@@ -253,6 +254,7 @@ class TestEndToEnd:
                 testing.assert_same_nonfinite(result[0], want[0], f"{name} {position}")
                 testing.assert_same_nonfinite(result[1], want[1], f"{name} {position}")
 
+    @pytest.mark.slow
     def test_hostile_scales(self, machine: Amd) -> None:
         """R7: zero, negative, infinite and NaN scales; the interpreter refuses all but positive ones of scores."""
         q, k, v = operands(40, 40, 2)

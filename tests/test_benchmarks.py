@@ -488,13 +488,13 @@ class TestMla:
         [
             ("fp8 causal", {"sequences": 2, "keys": 200}, ["pallas kernel", "pallas"]),
             ("fp8 full", {"sequences": 2, "keys": 200}, ["pallas kernel", "pallas"]),
-            ("bf16 causal", {}, ["pallas kernel", "pallas"]),
+            pytest.param("bf16 causal", {}, ["pallas kernel", "pallas"], marks=pytest.mark.slow),
             ("fp8 causal from bf16", {}, ["pallas"]),
-            ("fp8 causal to fp8_tensor", {}, ["pallas", "bf16 output", "unfused"]),
+            pytest.param("fp8 causal to fp8_tensor", {}, ["pallas", "bf16 output", "unfused"], marks=pytest.mark.slow),
             ("fp8 causal to fp8_group128_ue8m0_packed", {}, ["pallas", "bf16 output", "unfused"]),
-            ("fp8 full with a state", {}, ["pallas", "without a state", "unfused"]),
-            ("fp8 full V of mean 1", {"tokens": 20, "keys": 300}, ["pallas"]),
-            ("fp8 causal in chunks", {"tokens": 100, "keys": 300}, ["pallas"]),
+            pytest.param("fp8 full with a state", {}, ["pallas", "without a state", "unfused"], marks=pytest.mark.slow),
+            pytest.param("fp8 full V of mean 1", {"tokens": 20, "keys": 300}, ["pallas"], marks=pytest.mark.slow),
+            pytest.param("fp8 causal in chunks", {"tokens": 100, "keys": 300}, ["pallas"], marks=pytest.mark.slow),
         ],
         ids=lambda x: x if isinstance(x, str) else "",
     )
@@ -600,10 +600,10 @@ class TestMlaPeers:
         ("variant", "size", "splits"),
         [
             ("fp8 causal", (1, 200, 200, 66), [1, 1]),  # 132 tiles: enough for all multiprocessors
-            ("fp8 full", (2, 100, 160, 2), [1, 0, 1, 0]),
+            pytest.param("fp8 full", (2, 100, 160, 2), [1, 0, 1, 0], marks=pytest.mark.slow),
             pytest.param("bf16 causal", (1, 129, 129, 66), [1, 1], marks=pytest.mark.slow),
             pytest.param("fp8 causal from bf16", (1, 100, 100, 2), [1, 1], marks=pytest.mark.slow),
-            ("fp8 full V of mean 1", (1, 100, 200, 2), [1, 1]),
+            pytest.param("fp8 full V of mean 1", (1, 100, 200, 2), [1, 1], marks=pytest.mark.slow),
             ("fp8 causal to fp8_tensor", (1, 100, 100, 2), []),
             ("fp8 causal with a state", (1, 100, 100, 2), []),
         ],

@@ -19,6 +19,7 @@ def run(*arguments, **environment):
     )
 
 
+@pytest.mark.slow
 def test_demo_passes_and_says_what_ran(capsys):
     """Every layer within its bounds, exit status 0, implementations and reasons named."""
     assert cli.main(["demo", "--json"]) == 0
@@ -136,8 +137,8 @@ def fake_sanitizer(monkeypatch, folder, canaries):
     ("canaries", "missed"),
     [
         ({"memcheck": 9}, []),
-        ({"memcheck": 0}, ["memcheck"]),
-        ({"memcheck": 1}, ["memcheck"]),
+        pytest.param({"memcheck": 0}, ["memcheck"], marks=pytest.mark.slow),
+        pytest.param({"memcheck": 1}, ["memcheck"], marks=pytest.mark.slow),
     ],
     ids=str,
 )

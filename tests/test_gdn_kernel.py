@@ -99,7 +99,7 @@ class TestInterpreted:
     @pytest.mark.parametrize(
         ("lengths", "facts"),
         [
-            ((70, 0, 130), {"checkpoint_every": 64}),
+            pytest.param((70, 0, 130), {"checkpoint_every": 64}, marks=pytest.mark.slow),
             pytest.param((1, 64), {"heads": (1, 1, 3), "state_layout": "kv"}, marks=pytest.mark.slow),
             pytest.param((90,), {"has_initial_state": False, "return_final_state": False}, marks=pytest.mark.slow),
             pytest.param(

@@ -1069,7 +1069,7 @@ GRADIENTS = {
 }
 
 
-@pytest.mark.parametrize("name", ["l2norm", "extreme", slow("alpha, grouped queries"), slow("plain")])
+@pytest.mark.parametrize("name", ["extreme", *map(slow, ("l2norm", "alpha, grouped queries", "plain"))])
 def test_gradients_against_float64(name):
     """R16: q, k, v, g, beta, initial state and scale, through o, final states and checkpoints, to 1e-5."""
     make, gate, eps = GRADIENTS[name]
@@ -1105,6 +1105,7 @@ def test_gradients_are_finite_at_the_edges(gate, eps, g, beta):
     assert all(np.isfinite(x).all() for x in gradients(gate, eps)(*operands(case)))
 
 
+@pytest.mark.slow
 def test_gradients_of_low_precision_inputs():
     """R16: cotangents in the dtypes of the arguments, within bfloat16 of the float32 ones."""
     case = small(dtype="bfloat16")
@@ -1155,6 +1156,7 @@ def test_gradients_of_transitions():
         testing.assert_relative_error(x, y, F32, name)
 
 
+@pytest.mark.slow
 def test_vmapped_gradients_equal_a_loop():
     """R16: the backward pass is folded, too; arguments that are not batched get the sum over the instances."""
     stacked = instances()

@@ -246,8 +246,8 @@ class TestInterpreted:
     @pytest.mark.parametrize(
         "given",
         [
-            case((40,), dtype=BF16),
             *slow(
+                case((40,), dtype=BF16),
                 case((70, 0, 33, 1), (70, 5, 200, 0), causal=False, pair=True),
                 case((150,), dtype=BF16),
                 case((20, 20), dtype=F32, before=0, out_dtype=np.dtype(np.float16)),
@@ -284,7 +284,7 @@ class TestInterpreted:
         given = case((70,), (200,), heads=1)
         check(given, make_arrays(given)._replace(softmax_scale=np.full(1, scale, np.float32)))
 
-    @pytest.mark.parametrize("where", [*slow("q", "k"), "v"])
+    @pytest.mark.parametrize("where", slow("q", "k", "v"))
     def test_nan_reaches_its_readers_alone(self, where: str) -> None:
         given = case((90, 60))
         arrays = make_arrays(given)
@@ -361,8 +361,8 @@ class TestSplits:
     @pytest.mark.parametrize(
         ("options", "cut"),
         [
-            ({"state_dtype": F32, "output_quant": PER_TENSOR, "heads": 1}, {"splits": 2}),
             *slow(
+                ({"state_dtype": F32, "output_quant": PER_TENSOR, "heads": 1}, {"splits": 2}),
                 ({"state_dtype": F32, "output_quant": PER_TENSOR}, {"splits": 3}),
                 ({}, {"splits": 2}),
                 ({"causal": False}, {"splits": 3}),

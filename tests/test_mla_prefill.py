@@ -146,6 +146,7 @@ def test_input_dtypes(dtype, compute):
     testing.assert_lse_close(lse, want_lse)
 
 
+@pytest.mark.slow
 def test_mixed_operands():
     """Each operand for itself: FP8 nope beside a bf16 rope part, FP8 q, bf16 v."""
     q, k, v = operands(64, 64)
@@ -384,7 +385,9 @@ def test_large_logits(kind):
     testing.assert_lse_close(lse, want_lse, 1e-4, 1e-5)
 
 
-@pytest.mark.parametrize("mean,std", [(0.0, 1.0), (1.0, 1.0), (0.0, 2.0), (0.25, 4.0)])
+@pytest.mark.parametrize(
+    "mean,std", [(1.0, 1.0), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((0.0, 1.0), (0.0, 2.0), (0.25, 4.0)))]
+)
 def test_fp8_error_within_emulated(mean, std):
     """R1: at most twice the error of the reference that rounds P; shifted V stays accurate at length."""
     q, k, v = operands(16, 8192, 1, mean=mean, std=std)
@@ -474,7 +477,7 @@ def test_initial_state(implementation):
     assert not np.asarray(none[0]).any() and (np.asarray(none[1]) == -np.inf).all()
 
 
-@pytest.mark.parametrize("chunks", [2, 7])
+@pytest.mark.parametrize("chunks", [2, pytest.param(7, marks=pytest.mark.slow)])
 def test_split_keys(chunks):
     """R9: keys in chunks, in any order, through the state or through merges, equal one pass."""
     q, k, v = operands(50, 210)
@@ -591,9 +594,9 @@ def test_one_trace_for_all_values():
 @pytest.mark.parametrize(
     "in_axes,spec",
     [
-        ((0, 0, 0, 0, 0, 0), fp8attn.Fp8PerGroup.deepgemm_sm100()),
+        pytest.param((0, 0, 0, 0, 0, 0), fp8attn.Fp8PerGroup.deepgemm_sm100(), marks=pytest.mark.slow),
         ((None, None, None, 0, None, None), None),
-        ((0, None, None, None, 0, 0), None),
+        pytest.param((0, None, None, None, 0, 0), None, marks=pytest.mark.slow),
         ((None, 1, 1, 0, 0, None), fp8attn.Fp8PerGroup.deepgemm_sm90()),
     ],
 )
@@ -623,6 +626,7 @@ def test_vmap(in_axes, spec):
     )
 
 
+@pytest.mark.slow
 def test_nested_vmap_scan_remat_and_donation():
     """R16."""
     q, k, v = operands(96, 96, 1)
@@ -689,7 +693,7 @@ def test_heads_sharded():
     assert "all-gather" not in sharded.lower(*args).compile().as_text()
 
 
-@pytest.mark.parametrize("workspace", [64, 512])
+@pytest.mark.parametrize("workspace", [pytest.param(64, marks=pytest.mark.slow), 512])
 def test_chunked_pipeline(workspace):
     """End to end: ragged requests over a paged latent cache in chunks, against dense float64 attention."""
     heads, latent, block = 4, 32, 16
@@ -745,6 +749,7 @@ def test_chunked_pipeline(workspace):
     testing.assert_rows_close(nothing, plain, 1e-6)
 
 
+@pytest.mark.slow
 def test_chunked_pipeline_quantises_like_dense():
     """Contexts of 0, 1, 777 and 5000 in chunks of 512: error and bytes against dense attention."""
     heads = 2
