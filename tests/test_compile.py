@@ -100,6 +100,13 @@ def test_calls_are_distinct_and_carry_shapes() -> None:
         assert 0 < budget.registers <= 255 and 0 < budget.shared_memory <= 232448
 
 
+def test_constraints_are_not_printed() -> None:
+    constraints = pytest.importorskip("jax.experimental.mosaic.gpu.constraints", reason="needs Mosaic GPU")
+    with assembly._without_constraints():
+        assert str(constraints.ConstraintSystem()) == ""
+    assert "constraints" in str(constraints.ConstraintSystem())
+
+
 @pytest.mark.skipif(any(map(importlib.util.find_spec, command.PLUGINS)), reason="the CUDA plugin is installed")
 def test_without_the_plugin(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compile"]) == 2

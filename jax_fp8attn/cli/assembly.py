@@ -122,6 +122,8 @@ def compile_for(
         folder.mkdir(parents=True, exist_ok=True)
         placed = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=_place(target)) for a in arguments]
         stack.enter_context(_architecture(target))
+        if not keep:
+            stack.enter_context(_without_constraints())
         stack.enter_context(_environment("MOSAIC_GPU_DUMP_TO", str(folder)))
         jax.jit(function).trace(*placed).lower().compile()
         for log in folder.glob("*.mlir-passes.log"):
@@ -157,6 +159,20 @@ def _architecture(target: Target) -> Iterator[None]:
         yield
     finally:
         utils._infer_arch = before
+
+
+@contextlib.contextmanager
+def _without_constraints() -> Iterator[None]:
+    """Of all that Mosaic dumps, the text of the layouts' constraints takes half of the time of a compilation."""
+    from jax.experimental.mosaic.gpu import constraints
+
+    system = constraints.ConstraintSystem
+    before = system.__str__
+    system.__str__ = lambda self: ""
+    try:
+        yield
+    finally:
+        system.__str__ = before
 
 
 def _read(ptx: Path) -> Kernel:
