@@ -83,7 +83,9 @@ def pool_arrays(
 
 
 def run(interpret: Any, problem: Any, arrays: Any) -> Any:
-    return kernels.build(problem, kernels.default_config(problem), interpret)(jax.tree.map(jnp.asarray, arrays))
+    return jax.jit(kernels.build(problem, kernels.default_config(problem), interpret))(
+        jax.tree.map(jnp.asarray, arrays)
+    )
 
 
 def check(problem: Any, arrays: Any) -> Any:

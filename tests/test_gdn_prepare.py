@@ -155,10 +155,13 @@ def chunk_of_head(
 
 
 def prepared(interpret: Any, case: Case, arrays: Any) -> Prepared:
-    arrays = jax.tree.map(jnp.asarray, arrays)
-    chunks = chunk_list(arrays.start, arrays.length, case.tokens)
     prepare = gdn_prepare_sm90.prepare_packed if case.packed else gdn_prepare_sm90.prepare
-    return prepare(case.problem(), arrays, chunks, case.config, interpret)
+
+    def run(arrays: Any) -> Prepared:
+        chunks = chunk_list(arrays.start, arrays.length, case.tokens)
+        return prepare(case.problem(), arrays, chunks, case.config, interpret)
+
+    return jax.jit(run)(jax.tree.map(jnp.asarray, arrays))
 
 
 def error(got: Any, wanted: np.ndarray) -> float:

@@ -47,7 +47,7 @@ def make_arrays(given: Case, seed: int = 0) -> MlaArrays:
 
 def kernel(interpret: Any, problem: MlaProblem, arrays: MlaArrays, cut: dict[str, Any] | None = None) -> Any:
     config = dataclasses.replace(mla_prefill_sm90.default_config(problem), **(cut or {}))
-    return mla_prefill_sm90.build(problem, config, interpret)(jax.tree.map(jnp.asarray, arrays))
+    return jax.jit(mla_prefill_sm90.build(problem, config, interpret))(jax.tree.map(jnp.asarray, arrays))
 
 
 def oracle(problem: MlaProblem, arrays: MlaArrays) -> Any:

@@ -111,7 +111,7 @@ def kernel(
         if not prepare:
             stack.enter_context(mock.patch.object(mla_prepare_sm90, "prepare_values", plain_values))
             stack.enter_context(mock.patch.object(mla_prepare_sm90, "cast", plain_cast))
-        return run(jax.tree.map(jnp.asarray, arrays))
+        return jax.jit(run)(jax.tree.map(jnp.asarray, arrays))
 
 
 def emulated(problem: MlaProblem, arrays: MlaArrays, splits: int) -> Any:

@@ -132,9 +132,12 @@ def plain_values(
 
 def prepared(interpret: Any, case: Case, v: np.ndarray, config: PrepareConfig | None = None) -> Any:
     problem = case.problem()
-    blocks = tile_list.key_blocks(*map(jnp.asarray, case.ranges()), problem.keys, ALIGN)
-    scales = jnp.asarray(case.scales, jnp.float32)
-    return mla_prepare_sm90.prepare_values(problem, jnp.asarray(v), scales, blocks, config, interpret)
+
+    def run(v: jax.Array, scales: jax.Array, start: jax.Array, length: jax.Array) -> Any:
+        blocks = tile_list.key_blocks(start, length, problem.keys, ALIGN)
+        return mla_prepare_sm90.prepare_values(problem, v, scales, blocks, config, interpret)
+
+    return jax.jit(run)(jnp.asarray(v), jnp.asarray(case.scales, jnp.float32), *map(jnp.asarray, case.ranges()))
 
 
 def check(case: Case, v: np.ndarray | None = None, config: PrepareConfig | None = None) -> Any:

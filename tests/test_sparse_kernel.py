@@ -40,7 +40,7 @@ INF, NAN = np.inf, np.nan
 
 def kernel(interpret: Any, problem: SparseProblem, arrays: SparseArrays, cut: dict[str, Any] | None = None) -> Any:
     config = dataclasses.replace(sparse_prefill_sm90.default_config(problem), **(cut or {}))
-    return sparse_prefill_sm90.build(problem, config, interpret)(jax.tree.map(jnp.asarray, arrays))
+    return jax.jit(sparse_prefill_sm90.build(problem, config, interpret))(jax.tree.map(jnp.asarray, arrays))
 
 
 def interpreted(given: Case, cut: dict[str, Any] | None = None, **options: Any) -> Any:

@@ -39,7 +39,7 @@ PERSISTENT = {"blocks": 2}
 
 def kernel(interpret: Any, problem: SparseProblem, arrays: SparseArrays, cut: dict[str, Any] | None = None) -> Any:
     config = dataclasses.replace(sparse_narrow_sm90.default_config(problem), **(cut or {}))
-    return sparse_narrow_sm90.build(problem, config, interpret)(jax.tree.map(jnp.asarray, arrays))
+    return jax.jit(sparse_narrow_sm90.build(problem, config, interpret))(jax.tree.map(jnp.asarray, arrays))
 
 
 def interpreted(given: Case, cut: dict[str, Any] | None = None, **options: Any) -> Any:
