@@ -33,13 +33,14 @@ from jax_fp8attn.pallas.common.sparse_tiles import (
     operands_of,
     row_numbers,
     tile_of,
+    without_tokens,
 )
 
+from jax_fp8attn.latent import WIDTH
 from jax_fp8attn.problems import SparseArrays, SparseProblem
 from jax_fp8attn.quantize import E4M3
 
 HEADS = 32  # at most
-WIDTH = 512
 BF16 = jnp.dtype(jnp.bfloat16)
 
 
@@ -90,8 +91,7 @@ def build(problem: SparseProblem, config: NarrowConfig, interpret: Any = None) -
     @jax.enable_x64(False)
     def op(arrays: SparseArrays) -> Any:
         if not problem.tokens:
-            out = jnp.zeros((0, problem.heads, WIDTH), problem.out_dtype)
-            return (out, jnp.zeros((problem.heads, 0))) if problem.return_lse else out
+            return without_tokens(problem)
         operands = operands_of(problem, arrays, padded(problem.heads))
         nope = operands.q.nope
         operands = operands._replace(q=operands.q._replace(nope=nope.reshape(-1, nope.shape[-1])))

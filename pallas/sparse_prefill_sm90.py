@@ -35,13 +35,15 @@ from jax_fp8attn.pallas.common.sparse_tiles import (
     operands_of,
     row_numbers,
     tile_of,
+    without_tokens,
 )
 
 from jax_fp8attn.dispatch import Device
+from jax_fp8attn.latent import WIDTH
 from jax_fp8attn.problems import SparseArrays, SparseProblem
 from jax_fp8attn.quantize import E4M3
 
-HEADS, WIDTH = 64, 512  # of a tile
+HEADS = 64  # of a tile
 CONSUMERS, SLOTS = 2, 2  # blocks of a slot are scored by one consumer
 BF16 = jnp.dtype(jnp.bfloat16)
 
@@ -105,8 +107,7 @@ def build(problem: SparseProblem, config: SparseConfig, interpret: Any = None) -
     @jax.enable_x64(False)
     def op(arrays: SparseArrays) -> Any:
         if not problem.tokens:
-            out = jnp.zeros((0, problem.heads, WIDTH), problem.out_dtype)
-            return (out, jnp.zeros((problem.heads, 0))) if problem.return_lse else out
+            return without_tokens(problem)
         kernel = _Kernel(problem, config, interpret)
         out, *lse = varying_like(arrays, kernel.call(operands_of(problem, arrays, HEADS)))
         if not problem.return_lse:

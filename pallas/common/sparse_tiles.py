@@ -12,7 +12,7 @@ from jax import lax
 from jax_fp8attn.pallas.common import latent_rows
 from jax_fp8attn.pallas.common.latent_rows import ROWS, Gather, Pool
 
-from jax_fp8attn.latent import Fp8Latent
+from jax_fp8attn.latent import WIDTH, Fp8Latent
 from jax_fp8attn.problems import SparseArrays, SparseProblem
 
 LOG2E, LN2 = math.log2(math.e), math.log(2.0)
@@ -106,3 +106,8 @@ def row_numbers(problem: SparseProblem, gmem: Operands, tile: Tile, block: Any, 
 
 def gather_of(problem: SparseProblem, gmem: Operands, interpreted: bool) -> Gather:
     return Gather(problem.prefix.form, gmem.pools, interpreted)
+
+
+def without_tokens(problem: SparseProblem) -> Any:
+    out = jnp.zeros((0, problem.heads, WIDTH), problem.out_dtype)
+    return (out, jnp.zeros((problem.heads, 0))) if problem.return_lse else out
