@@ -1,19 +1,19 @@
 """``mla_prefill`` on Hopper: two consumer warpgroups of 64 query rows and a producer, ragged, in FP8 and in bf16.
 
 A block computes one tile: up to 128 query rows of one sequence and one head, against that sequence's keys in blocks
-counted from its first key, so that a sequence is computed alike wherever it stands in a batch. A consumer starts the
-scores of a block of keys and the products with the values of the block before together, and computes probabilities
-while the other consumer has the tensor cores.
+counted from its first key, so that a sequence is computed alike wherever it stands in a batch.
 
 FP8: Hopper's products keep about 13 bits of their sum: each block of keys gets a sum of its own, and the blocks are
-added in float32. The largest score is looked for beside the products with the values. V comes transposed and without
-NaN, with a list of where they were. Where few tiles meet many keys, the blocks of keys that a tile sees are split over
-several tiles of the list, each with float32 rows of its own, and the kernel of ``merge_attn_states`` makes the result
-of them.
+added in float32. A consumer computes beside its own products: half of the exponentials of a block beside the scores of
+the next one, for which the exponents are put out of the way of the scores; its largest score beside the products with
+the values of the block before. V comes transposed and without NaN, with a list of where they were. Where few tiles meet
+many keys, the blocks of keys that a tile sees are split over several tiles of the list, each with float32 rows of its
+own, and the kernel of ``merge_attn_states`` makes the result of them.
 
-bf16: products add to float32 sums, and the consumers take turns with the tensor cores. V comes as it is. A key that a
-row does not see has probability 0, and 0 times NaN is NaN: in the blocks that not all rows see the consumers look for
-NaN and infinities, clear them and note where they were. Outputs and earlier states share the memory of the queries.
+bf16: a consumer starts the scores of a block of keys and the products with the values of the block before together,
+products add to float32 sums, and the consumers take turns with the tensor cores. V comes as it is. A key that a row
+does not see has probability 0, and 0 times NaN is NaN: in the blocks that not all rows see the consumers look for NaN
+and infinities, clear them and note where they were. Outputs and earlier states share the memory of the queries.
 """
 
 from __future__ import annotations
@@ -578,6 +578,10 @@ class _Products(NamedTuple):
         if not self.interpreted:
             hopper.end_of_block(number)
 
+    def computed(self, x: Any) -> Any:
+        """Here, not where it is needed."""
+        return x if self.interpreted else hopper.computed([x])[0]
+
 
 class _Cleaner(NamedTuple):
     """Clears and notes values that are no numbers in blocks of keys that not all rows of a tile see, a consumer in its
@@ -853,9 +857,10 @@ class _Kernel:
             plgpu.layout_cast(jnp.zeros((ROWS, VALUES), jnp.float32), hopper.ACCUMULATOR),
             full_row(-jnp.inf, ROWS), hopper.no_sum(ROWS), full_row(0.0, ROWS),
         )  # fmt: skip
-        p, state = self._probabilities(*self._scaled(tile, exponent, s, state, local, 0), state, local)
-        plgpu.barrier_wait(smem.v_there.at[slot])
+        softmax = self._halved if prepared else self._probabilities
+        carry = softmax(*self._scaled(tile, exponent, s, state, local, 0), state, local)
         if cleaner:
+            plgpu.barrier_wait(smem.v_there.at[slot])
 
             @pl.when(self._whole(tile, 0) == 0)
             def clear() -> None:
@@ -875,10 +880,11 @@ class _Kernel:
             return lambda number, carry: self._wide_step(tile, products, exponent, refill, own, local, number, carry)
 
         whole = self._whole(tile, local if prepared else 0, 1)
-        carry = lax.fori_loop(1, whole, step(tile), (p, state))
+        carry = lax.fori_loop(1, whole, step(tile), carry)
         # read again: the scalars of a tile would take registers through the loop
         again = self._tile(gmem, tile.number, tile.before)
-        p, state = lax.fori_loop(whole, tile.blocks, step(again, local), carry)
+        carry = lax.fori_loop(whole, tile.blocks, step(again, local), carry)
+        p, state = self._whole_operand(*carry) if prepared else carry
         self._end(gmem, products, cleaner, tile, p, state, results)
         if not config.producer and self.interpret is not None:  # which wants every release to be seen
             pl.when(warpgroup == 0)(lambda: self._see_refills(smem, tile))
@@ -896,6 +902,8 @@ class _Kernel:
             plgpu.commit_smem()  # no warp reads the queries
             self._load_state(gmem, smem, tile, warpgroup)
         last = tile.slot(tile.blocks - 1, self.config.stages)
+        if cleaner is None:
+            plgpu.barrier_wait(smem.v_there.at[last])
         weighed = products.weighed(products.start_values(p, last, state.out if cleaner else None), last)
         state = state._replace(out=weighed if cleaner else self._sum(state, weighed))
         if cleaner:
@@ -950,14 +958,34 @@ class _Kernel:
         factor = exponent if local is None else 1.0
         return pieces, factor, jnp.maximum(state.top, row_max(pieces) * factor)
 
+    def _halved(
+        self, pieces: list[Any], factor: Any, top: Any, state: _Softmax, local: Any
+    ) -> tuple[Any, Any, _Softmax]:
+        """Lifted probabilities of the first half of a block as an operand, and the exponents of the other half."""
+        anchor = top if local is None else jnp.where(top == -jnp.inf, 0.0, top)
+        shrink = jnp.exp2(state.top - anchor)
+        exponents = [piece * factor - spread(anchor - LIFT, piece) for piece in pieces]
+        half = len(exponents) // 2
+        early = [*map(jnp.exp2, exponents[:half])]
+        total = state.total * spread(shrink, state.total) + hopper.partial_sum(early)
+        operand = hopper.as_operand(early, E4M3, self.interpret is not None)
+        late = hopper.join(exponents[half:], self.interpret is not None)
+        return operand, late, state._replace(top=top, total=total, shrink=shrink)
+
+    def _whole_operand(self, early: Any, late: Any, state: _Softmax) -> tuple[Any, _Softmax]:
+        """With the probabilities of the other half."""
+        late = jnp.exp2(late)
+        operand = hopper.as_operand([late], E4M3, self.interpret is not None)
+        whole = hopper.join([early, operand], self.interpret is not None, hopper.OPERAND)
+        return whole, state._replace(total=state.total + hopper.partial_sum([late]))
+
     def _probabilities(
         self, pieces: list[Any], factor: Any, top: Any, state: _Softmax, local: Any
     ) -> tuple[Any, _Softmax]:
-        """Lifted probabilities as an operand."""
-        lift = self.config.format.lift
+        """All of a block as an operand, in bf16."""
         anchor = top if local is None else jnp.where(top == -jnp.inf, 0.0, top)
         shrink = jnp.exp2(state.top - anchor)
-        pieces = [jnp.exp2(piece * factor - spread(anchor - lift, piece)) for piece in pieces]
+        pieces = [jnp.exp2(piece * factor - spread(anchor, piece)) for piece in pieces]
         total = state.total * spread(shrink, state.total) + hopper.partial_sum(pieces)
         return self._as_operand(pieces, state._replace(top=top, total=total, shrink=shrink))
 
@@ -979,12 +1007,13 @@ class _Kernel:
         return self._as_operand([*pieces[:early], *rest], _Softmax(out, top, total, shrink))
 
     def _as_operand(self, pieces: list[Any], state: _Softmax) -> tuple[Any, _Softmax]:
-        operand = hopper.as_operand(pieces, self.config.format.dtype, self.interpret is not None)
-        return operand, state if self.config.format.prepared else self._shrunk(state)
+        return hopper.as_operand(pieces, BF16.dtype, self.interpret is not None), self._shrunk(state)
 
     def _split(self, s: Any) -> list[Any]:
         keys, piece = self.config.keys, self.config.piece
-        if keys & (keys - 1) == 0 and self.config.beside in (0, keys):
+        if self.config.format.prepared:
+            piece = keys // 2
+        elif keys & (keys - 1) == 0 and self.config.beside in (0, keys):
             return [s]
         return [s[:, first : first + piece] for first in range(0, keys, piece)]
 
@@ -1001,20 +1030,21 @@ class _Kernel:
 
     def _step(
         self, tile: _Tile, products: _Products, exponent: Any, refill: Any, local: Any, number: Any, carry: Any
-    ) -> tuple[Any, _Softmax]:
-        """Scores of block ``number``, values of the block before, probabilities of this one."""
-        operand, state = carry
+    ) -> tuple[Any, Any, _Softmax]:
+        """Scores of block ``number`` and the rest of the exponentials of the block before; its values and the largest
+        score; the first exponentials of block ``number``."""
         slot, before = (tile.slot(n, self.config.stages) for n in (number, number - 1))
         plgpu.barrier_wait(products.smem.k_there.at[slot])
-        scores, weighed = products.start_scores(slot), products.start_values(operand, before)
+        scores = products.start_scores(slot)
+        operand, state = self._whole_operand(*carry)
+        plgpu.barrier_wait(products.smem.v_there.at[before])
+        weighed = products.start_values(operand, before)
         refill(number)
-        scores = products.scores(scores, slot, younger=1)
-        scaled = self._scaled(tile, exponent, scores, state, local, number)
-        if local is None:
-            products.end_of_block()  # the maximum is found beside the products with the values
-        weighed = products.weighed(weighed, before)
-        plgpu.barrier_wait(products.smem.v_there.at[slot])
-        return self._probabilities(*scaled, state._replace(out=self._sum(state, weighed)), local)
+        products.end_of_block(1)
+        scaled = self._scaled(tile, exponent, products.scores(scores, slot, younger=1), state, local, number)
+        products.end_of_block(2)
+        out = self._sum(state, products.weighed(weighed, before))
+        return self._halved(*scaled, state._replace(out=products.computed(out)), local)
 
     def _wide_step(
         self, tile: _Tile, products: _Products, exponent: Any, refill: Any, cleaner: _Cleaner | None, local: Any,

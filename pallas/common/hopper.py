@@ -18,6 +18,7 @@ from jaxlib.mlir.dialects import arith, llvm, nvvm, scf, vector
 from jax_fp8attn.quantize import E4M3
 
 ACCUMULATOR = plgpu.Layout.WGMMA  # [64, n] float32 of a warpgroup
+OPERAND = plgpu.Layout.WGMMA_8BIT  # [64, n] e4m3
 ROW = ACCUMULATOR.reduce(1)  # [64]
 ROWS = 64  # of a product of a warpgroup
 KEY_GROUP = 16
@@ -67,7 +68,7 @@ def as_operand(pieces: list[Any], dtype: Any, interpret: bool) -> Any:
     if interpret:
         p = to_e4m3(jnp.concatenate(pieces, axis=1))
         return p.reshape(m, n // KEY_GROUP, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(m, n)
-    operand = plgpu.ShapeDtypeStruct((m, n), E4M3, layout=plgpu.Layout.WGMMA_8BIT)
+    operand = plgpu.ShapeDtypeStruct((m, n), E4M3, layout=OPERAND)
 
     @plgpu.inline_mgpu(arg_types=(ACCUMULATOR,) * len(pieces), return_type=operand)
     def regroup(_: Any, *parts: Any) -> Any:
@@ -83,16 +84,16 @@ def as_operand(pieces: list[Any], dtype: Any, interpret: bool) -> Any:
     return regroup(*pieces)
 
 
-def join(pieces: list[Any], interpret: bool) -> Any:
+def join(pieces: list[Any], interpret: bool, layout: Any = ACCUMULATOR) -> Any:
     """Pieces [m, n] next to each other; on a GPU this moves nothing."""
     if len(pieces) == 1:
         return pieces[0]
     if interpret:
         return jnp.concatenate(pieces, axis=1)
     shape = (pieces[0].shape[0], sum(piece.shape[1] for piece in pieces))
-    whole = plgpu.ShapeDtypeStruct(shape, pieces[0].dtype, layout=ACCUMULATOR)
+    whole = plgpu.ShapeDtypeStruct(shape, pieces[0].dtype, layout=layout)
 
-    @plgpu.inline_mgpu(arg_types=(ACCUMULATOR,) * len(pieces), return_type=whole)
+    @plgpu.inline_mgpu(arg_types=(layout,) * len(pieces), return_type=whole)
     def joined(_: Any, *parts: Any) -> Any:
         return _beside(parts)
 
@@ -155,7 +156,7 @@ def start(
     for (a, b, swizzle), register in zip(pairs, in_registers, strict=True):
         size = jnp.dtype(b.dtype).itemsize
         of_a, of_b = swizzle if isinstance(swizzle, tuple) else (swizzle, swizzle)
-        types += [(plgpu.Layout.WGMMA_8BIT if size == 1 else ACCUMULATOR) if register else _tiled(of_a, size)]
+        types += [(OPERAND if size == 1 else ACCUMULATOR) if register else _tiled(of_a, size)]
         types += [_tiled(of_b, size)]
         operands += [a, b]
     if onto is not None:
