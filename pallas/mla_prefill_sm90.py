@@ -919,11 +919,9 @@ class _Kernel:
         return jnp.clip(lax.div(seen, self.config.keys), least, tile.blocks)
 
     def _negate_queries(self, smem: _Shared, warpgroup: Any) -> None:
-        kind = {1: jnp.int8, 2: jnp.int16}[self.config.format.size]
-        for part in range(len(self.config.format.parts)):
-            view = smem.queries(part, warpgroup)[1]
-            bits = lax.bitcast_convert_type(view[...], kind)
-            view[...] = lax.bitcast_convert_type(bits ^ kind(jnp.iinfo(kind).min), self.config.format.dtype)
+        for part, (_, width) in enumerate(self.config.format.parts):
+            rows = smem.queries(part, warpgroup)[1]
+            hopper.negate(rows, min(width * self.config.format.size, 128), self.interpret is not None)
         plgpu.commit_smem()
 
     def _see_refills(self, smem: _Shared, tile: _Tile) -> None:

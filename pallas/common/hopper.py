@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -349,6 +350,31 @@ def emit_anew(word: Any) -> Any:
     return llvm.inline_asm(word.type, [word], "mov.b32 $0, $1;", "=r,r", asm_dialect=0, has_side_effects=True)
 
 
+def negate(rows: Any, swizzle: int, interpret: bool) -> None:
+    """All of a matrix in shared memory that ``start`` reads, wherever its elements stand: addresses made from a layout
+    would be shared with other stores, and take registers until those."""
+    size = jnp.dtype(rows.dtype).itemsize
+    if interpret:
+        bits = lax.bitcast_convert_type(rows[...], jnp.dtype(f"int{8 * size}"))
+        rows[...] = lax.bitcast_convert_type(bits ^ jnp.iinfo(bits.dtype).min, rows.dtype)
+        return
+
+    @plgpu.inline_mgpu(arg_types=(_tiled(swizzle, size),))
+    def emit(_: Any, rows: Any) -> None:
+        i32 = ir.IntegerType.get_signless(32)
+        thread = llvm.inline_asm(i32, [], "mov.u32 $0, %tid.x;", "=r", asm_dialect=0, has_side_effects=True)
+        offset = arith.muli(arith.remui(thread, _word(128)), _word(16))
+        address = arith.addi(llvm.ptrtoint(i32, utils.memref_ptr(rows)), offset)
+        loop = scf.ForOp(_word(0), _word(math.prod(ir.MemRefType(rows.type).shape) * size // 2048), _word(1), [])
+        with ir.InsertionPoint(loop.body):
+            own = arith.addi(address, arith.muli(loop.induction_variable, _word(2048)))
+            words = [arith.xori(word, _word({1: 0x80808080, 2: 0x80008000}[size])) for word in _load_words(own)]
+            _store_words(own, words)
+            scf.yield_([])
+
+    emit(rows)
+
+
 def clear_nonfinite(values: Any, record: Any, first_key: Any, first_column: Any) -> None:
     """NaN and infinities in values, bf16 [keys, 64] as ``tiles``, become 0; the first key with NaN, +inf and -inf in a
     column is noted in ``record``, int32 [4, columns], and 0 in its last row. ``first_key`` is that of the first row.
@@ -407,7 +433,7 @@ def _clear_words(address: Any, place: Any, key: Any, row: int) -> None:
             _side_effect("red.shared.min.s32 [$0], $1;", [where, noted], "r,r,~{memory}")
             word = arith.select(finite, word, arith.andi(word, _word(0xFFFF0000 >> (16 * half))))
         cleared.append(word)
-    _side_effect("st.shared.v4.b32 [$0], {$1,$2,$3,$4};", [address, *cleared], "r,r,r,r,r,~{memory}")
+    _store_words(address, cleared)
 
 
 def _load_words(address: Any) -> list[Any]:
@@ -418,6 +444,10 @@ def _load_words(address: Any) -> list[Any]:
         "=r,=r,=r,=r,r,~{memory}", asm_dialect=0, has_side_effects=True,
     )  # fmt: skip
     return [llvm.extractvalue(i32, words, [number]) for number in range(4)]
+
+
+def _store_words(address: Any, words: list[Any]) -> None:
+    _side_effect("st.shared.v4.b32 [$0], {$1,$2,$3,$4};", [address, *words], "r,r,r,r,r,~{memory}")
 
 
 def _side_effect(text: str, given: list[Any], constraints: str) -> None:
