@@ -104,8 +104,8 @@ class MlaConfig:
     stages     blocks of keys in shared memory
     producer   a warpgroup of its own loads keys and values; else the first consumer does
     registers  of a consumer's and of the producer's thread; without a producer both have what the compiler gives
-    blocks     that work off all tiles one after the other, the next tile's operands loaded ahead; 0: a block a tile.
-               Needs a producer
+    blocks     that take one tile after the other, the next tile's operands loaded ahead; 0: a block a tile. Needs a
+               producer
     splits     of the keys that a tile sees, each a tile of its own; the results are merged. 1: none, as in bf16
     format     of the operands
 
@@ -174,11 +174,18 @@ def default_config(problem: MlaProblem) -> MlaConfig:
     producer = jax.__version_info__ < (0, 12)
     if problem.compute == "fp8":
         whole = not producer and problem.state_dtype == np.float32  # splits of it would spill registers
-        return MlaConfig(producer=producer, splits=1 if whole else _best_splits(problem))
+        splits = 1 if whole else _best_splits(problem)
+        several = producer and splits == 1 and _few_addresses(problem)
+        return MlaConfig(producer=producer, blocks=configs.MULTIPROCESSORS if several else 0, splits=splits)
     out_dtype = None if problem.output_quant is not None else problem.out_dtype
     keys = 112 if np.float32 in (problem.state_dtype, out_dtype) else 128
-    # half of the probabilities take about as long as a product of values
-    return MlaConfig(producer=producer, format=BF16, keys=keys, tail=1, beside=64, parted=True)
+    return MlaConfig(producer=producer, format=BF16, keys=keys, turn="issued", beside=64, parted=True)
+
+
+def _few_addresses(problem: MlaProblem) -> bool:
+    """Of outputs and states: blocks that take several tiles keep them, and a consumer has no registers for more."""
+    wide = np.float32 in (problem.state_dtype, problem.out_dtype)
+    return problem.output_quant is None and not (problem.state_dtype is not None and wide)
 
 
 def _best_splits(problem: MlaProblem) -> int:
@@ -204,9 +211,7 @@ def supports(problem: MlaProblem, device: Device) -> tuple[str, ...]:
     reasons = []
     if device.compute_capability != (9, 0):
         reasons.append(f"needs compute capability 9.0, the device has {device.compute_capability}")
-    if problem.compute != "fp8":
-        return (*reasons, f"computes in FP8; its form in {problem.compute} is not measured yet")
-    return (*reasons, *mla_prepare_sm90.supports(problem))
+    return (*reasons, *(mla_prepare_sm90.supports(problem) if problem.compute == "fp8" else ()))
 
 
 def notes(problem: MlaProblem) -> tuple[str, ...]:
@@ -381,6 +386,7 @@ class _Shared(NamedTuple):
     lse: Any  # [2, 64]
     scales: Any  # [2 * groups, 64]; None without groups
     record: Any  # of bf16 int32 [4, 128]: the first key with NaN, +inf, -inf that was cleared in a column; 0: any was
+    work: Any  # int32 [2, 2] of blocks that take several tiles: number and ``before`` of a tile and of the next one
     q_there: Any
     q_free: Any
     state_there: Any
@@ -389,6 +395,8 @@ class _Shared(NamedTuple):
     k_free: Any
     v_free: Any
     cleared: Any  # of bf16
+    work_there: Any
+    work_free: Any
 
     def queries(self, part: int, warpgroup: Any) -> tuple[Any, Any]:
         """64 rows of a part."""
@@ -418,6 +426,7 @@ class _Tile(NamedTuple):
     skipped: Any  # keys of the sequence, by splits before this one
     blocks: Any  # of keys, at least one
     before: Any  # blocks of keys that this block of threads has worked off
+    place: Any  # in ``_Shared.work``
 
     def slot(self, number: Any, stages: int) -> Any:
         """Where block ``number`` of the keys stands in shared memory."""
@@ -648,6 +657,11 @@ class _Kernel:
         tiles = self.problem.heads * self.tiles
         return min(self.config.blocks or tiles, tiles)
 
+    @property
+    def takes(self) -> bool:
+        """Whether a block of threads takes one tile after the other."""
+        return self.blocks < self.problem.heads * self.tiles
+
     def slots(self, dtype: Any) -> int:
         """Places of 64 rows of 128 bytes that a consumer has for values of this type."""
         if self.config.format.prepared:
@@ -665,26 +679,36 @@ class _Kernel:
         scale_shape = (problem.heads, self.groups, self.tiles, WARPGROUPS * ROWS)
         scales = jax.ShapeDtypeStruct(scale_shape, jnp.float32)
 
+        results = [
+            jax.ShapeDtypeStruct((self.config.splits * problem.tokens, problem.heads, VALUES), self.out_dtype),
+            jax.ShapeDtypeStruct((problem.heads, self.tiles, WARPGROUPS * ROWS), jnp.float32),
+            *([scales] if self.groups else []),
+        ]
+
         def fp8attn_mla_prefill_sm90(*refs: Any) -> None:
             self._body(*refs)
 
-        return plgpu.kernel(
-            fp8attn_mla_prefill_sm90,
-            out_type=[
-                jax.ShapeDtypeStruct((self.config.splits * problem.tokens, problem.heads, VALUES), self.out_dtype),
-                jax.ShapeDtypeStruct((problem.heads, self.tiles, WARPGROUPS * ROWS), jnp.float32),
-                *([scales] if self.groups else []),
-            ],
-            grid=(self.blocks,),
-            grid_names=("block",),
-            num_threads=WARPGROUPS + self.config.producer,
-            thread_name="warpgroup",
-            scratch_types=self._scratch(),
-            compiler_params=plgpu.CompilerParams(
-                approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-            ),
-            **options,
-        )(*(x for x in operands if x is not None))
+        def kernel(out_type: list[Any], *refs: Any) -> Any:
+            return plgpu.kernel(
+                fp8attn_mla_prefill_sm90,
+                out_type=out_type,
+                grid=(self.blocks,),
+                grid_names=("block",),
+                num_threads=WARPGROUPS + self.config.producer,
+                thread_name="warpgroup",
+                scratch_types=self._scratch(),
+                compiler_params=plgpu.CompilerParams(
+                    approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+                ),
+                **options,
+            )(*refs)
+
+        given = [x for x in operands if x is not None]
+        if not self.takes:
+            return list(kernel(results, *given))
+        empty = [lax.empty(x.shape, x.dtype) for x in results]
+        run = pl.run_state(lambda refs: kernel([], *given, *refs))
+        return list(run((jnp.zeros(1, jnp.int32), *empty))[1:])
 
     def _scratch(self) -> list[Any]:
         config, plain = self.config, self.interpret is not None
@@ -710,6 +734,7 @@ class _Kernel:
             plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
             *([plgpu.SMEM((WARPGROUPS * self.groups, ROWS), jnp.float32)] if self.groups else []),
             *([] if prepared else [plgpu.SMEM((NOTED + 1, VALUES), jnp.int32)]),
+            *([plgpu.SMEM((2, 2), jnp.int32)] if self.takes else []),
             barrier(len(parts), WARPGROUPS),
             barrier(WARPGROUPS, 1),
             *([barrier(self._pieces(self.problem.state_dtype), WARPGROUPS)] if self.merges else []),
@@ -718,6 +743,7 @@ class _Kernel:
             barrier(WARPGROUPS, stages),
             barrier(WARPGROUPS, stages),
             *([] if prepared else [barrier(WARPGROUPS, 1)]),
+            *([barrier(1, 2), barrier(WARPGROUPS, 2)] if self.takes else []),
         ]
 
     def _shared(self, given: Iterator[Any]) -> _Shared:
@@ -738,6 +764,7 @@ class _Kernel:
         state, out = rest if self.merges else (None, *rest)
         fields = dict(q=tuple(queries), k=tuple(keys), v=values, state=state, out=out)
         absent = {"scales": not self.groups, "record": prepared, "state_there": not self.merges, "cleared": prepared}
+        absent |= dict.fromkeys(("work", "work_there", "work_free"), not self.takes)
         for name in _Shared._fields[len(fields) :]:
             fields[name] = None if absent.get(name) else next(given)
         return _Shared(**fields)
@@ -747,6 +774,7 @@ class _Kernel:
         present = {"k_rope": self.problem.k_rope_dtype is not None, "first_nan": self.config.format.prepared}
         present |= {"state_out": self.merges, "state_lse": self.merges}
         gmem = _Operands(*(next(given) if present.get(name, True) else None for name in _Operands._fields))
+        taken = next(given) if self.takes else None
         out, lse = next(given), next(given)
         results = _Results(out, lse, next(given) if self.groups else None)
         smem = self._shared(given)
@@ -757,7 +785,8 @@ class _Kernel:
         def consumer() -> None:
             if self.config.producer:
                 plgpu.set_max_registers(self.config.registers[0], action="increase")
-            done = self._each_tile(gmem, lambda tile: self._consume(gmem, products, tile, results))
+
+            done = self._each_tile(gmem, smem, lambda tile: self._consume(gmem, products, tile, results))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             if not self.config.format.prepared:
                 pl.when((warpgroup == 0) & (done > 0))(products.wait_for_turn)  # the last one passed
@@ -767,27 +796,54 @@ class _Kernel:
             @pl.when(warpgroup == WARPGROUPS)
             def producer() -> None:
                 plgpu.set_max_registers(self.config.registers[1], action="decrease")
-                done = self._each_tile(gmem, lambda tile: self._produce(_Loader(gmem, smem, tile, self.config)))
+                produce = lambda tile: self._produce(_Loader(gmem, smem, tile, self.config))
+                done = self._each_tile(gmem, smem, produce, functools.partial(self._take, smem, taken))
                 if self.interpret is not None:
                     self._see_last_releases(smem, done)
 
-    def _each_tile(self, gmem: _Operands, work: Callable[[_Tile], None]) -> Any:
-        """The tiles of this block of threads: in every other round the last block has the first of them, so that all
-        get as much. Returns the blocks of keys of all."""
+    def _each_tile(
+        self, gmem: _Operands, smem: _Shared, work: Callable[[_Tile], None], take: Callable[..., None] | None = None
+    ) -> Any:
+        """The tiles of this block of threads, one after the other, in the order of work among all blocks. ``take`` is
+        the producer's and gets the next one; the consumers hear of it. Returns the blocks of keys of all."""
         tiles, block = self.problem.heads * self.tiles, lax.axis_index("block")
+        if not self.takes:
+            tile = self._tile(gmem, block, 0)
+            pl.when(tile.rows > 0)(lambda: work(tile))
+            return jnp.where(tile.rows > 0, tile.blocks, 0)
 
-        def one(turn: Any, before: Any) -> Any:
-            number = turn * self.blocks + jnp.where(lax.rem(turn, 2) == 0, block, self.blocks - 1 - block)
-            tile = self._tile(gmem, jnp.minimum(number, tiles - 1), before)
+        def one(carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+            turn, _, before = carry
+            place = lax.rem(turn, 2)
+            if take:
+                take(turn, before)
+            plgpu.barrier_wait(smem.work_there.at[place])
+            number, before = smem.work[place, 0], smem.work[place, 1]
+            tile = self._tile(gmem, jnp.minimum(number, tiles - 1), before, place)
             there = (tile.rows > 0) & (number < tiles)
             pl.when(there)(lambda: work(tile))
-            return before + jnp.where(there, tile.blocks, 0)
+            more = smem.work[place, 0] < tiles  # read again, as in _again
+            if take:
+                before = before + jnp.where(there, tile.blocks, 0)
+            else:
+                plgpu.barrier_arrive(smem.work_free.at[place])
+            return turn + 1, more, before
 
-        if self.blocks < tiles:
-            return lax.fori_loop(0, -(-tiles // self.blocks), one, jnp.int32(0))
-        tile = self._tile(gmem, block, 0)
-        pl.when(tile.rows > 0)(lambda: work(tile))
-        return jnp.where(tile.rows > 0, tile.blocks, 0)
+        turns, _, before = lax.while_loop(lambda carry: carry[1], one, (jnp.int32(0), jnp.bool(True), jnp.int32(0)))
+        if take and self.interpret is not None:  # which wants every release to be seen
+            pl.when(turns > 1)(lambda: plgpu.barrier_wait(smem.work_free.at[lax.rem(turns, 2)]))
+            plgpu.barrier_wait(smem.work_free.at[lax.rem(turns - 1, 2)])
+        return before
+
+    def _take(self, smem: _Shared, taken: Any, turn: Any, before: Any) -> None:
+        """Tells everybody the next tile of this block: first its own number, then the next that no block has."""
+        place, block = lax.rem(turn, 2), lax.axis_index("block")
+        pl.when(turn > 1)(lambda: plgpu.barrier_wait(smem.work_free.at[place]))
+        if self.interpret is None:
+            hopper.take(taken, smem.work.at[place], turn > 0, self.blocks, block, before)
+        else:
+            smem.work[place, 0], smem.work[place, 1] = turn * self.blocks + block, before
+        plgpu.barrier_arrive(smem.work_there.at[place])
 
     def _produce(self, loader: _Loader) -> None:
         pl.when(loader.tile.before > 0)(lambda: plgpu.barrier_wait(loader.smem.q_free.at[0]))
@@ -812,7 +868,7 @@ class _Kernel:
         width = jnp.minimum(heads - group * size, size) if heads % size else size
         return group * size + lax.rem(rest, width), lax.div(rest, width)
 
-    def _tile(self, gmem: _Operands, number: Any, before: Any) -> _Tile:
+    def _tile(self, gmem: _Operands, number: Any, before: Any, place: Any = None) -> _Tile:
         head, index = self._place(number)
         field = lambda name: gmem.tiles[index, tile_list.SPLIT_FIELDS.index(name)]
         first_query, rows, visible, key_count = map(field, ("first_query", "rows", "visible", "key_count"))
@@ -824,8 +880,14 @@ class _Kernel:
             own = map(field, ("first_output", "skipped", "blocks"))
         return _Tile(
             number, index, head, first_query, rows, field("first_key"), field("first_column"), visible, key_count,
-            field("sequence"), field("instance"), *own, before,
+            field("sequence"), field("instance"), *own, before, place,
         )  # fmt: skip
+
+    def _again(self, gmem: _Operands, smem: _Shared, tile: _Tile) -> _Tile:
+        """The same, read again: the scalars of a tile would take registers through the loop over its keys."""
+        if self.takes:
+            return self._tile(gmem, smem.work[tile.place, 0], smem.work[tile.place, 1], tile.place)
+        return self._tile(gmem, tile.number, tile.before)
 
     def _consume(self, gmem: _Operands, products: _Products, tile: _Tile, results: _Results) -> None:
         config, smem, warpgroup = self.config, products.smem, products.warpgroup
@@ -881,9 +943,8 @@ class _Kernel:
 
         whole = self._whole(tile, local if prepared else 0, 1)
         carry = lax.fori_loop(1, whole, step(tile), carry)
-        # read again: the scalars of a tile would take registers through the loop
-        again = self._tile(gmem, tile.number, tile.before)
-        carry = lax.fori_loop(whole, tile.blocks, step(again, local), carry)
+        tile = self._again(gmem, smem, tile)
+        carry = lax.fori_loop(whole, tile.blocks, step(tile, local), carry)
         p, state = self._whole_operand(*carry) if prepared else carry
         self._end(gmem, products, cleaner, tile, p, state, results)
         if not config.producer and self.interpret is not None:  # which wants every release to be seen
@@ -908,7 +969,9 @@ class _Kernel:
         state = state._replace(out=weighed if cleaner else self._sum(state, weighed))
         if cleaner:
             pl.when(self._whole(tile, 0) == tile.blocks)(cleaner.wait)
-        self._finish(gmem, smem, self._tile(gmem, tile.number, 0), state, warpgroup, results)
+        if self.takes and self.interpret is None:  # else what follows from it is kept for all tiles
+            warpgroup = hopper.warpgroup()
+        self._finish(gmem, smem, self._again(gmem, smem, tile), state, warpgroup, results)
         if cleaner and leaves:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(smem.q_free.at[0])
@@ -1125,7 +1188,7 @@ class _Kernel:
         log_total = jnp.log(jnp.where(nothing, 1.0, total))
         lse = jnp.where(nothing, -jnp.inf, state.top * LN2 + (log_total - self.config.format.lift * LN2))
         if self.merges:
-            value, lse = self._merged(gmem, smem, tile, warpgroup, value, lse)
+            value, lse = self._merged(gmem, smem, tile, lax.axis_index("warpgroup"), value, lse)
         elif not self.config.format.prepared:
             plgpu.commit_smem()  # no warp reads the queries
         elif self.config.blocks:

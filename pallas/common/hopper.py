@@ -350,6 +350,40 @@ def emit_anew(word: Any) -> Any:
     return llvm.inline_asm(word.type, [word], "mov.b32 $0, $1;", "=r,r", asm_dialect=0, has_side_effects=True)
 
 
+def warpgroup() -> Any:
+    """Its number, computed here."""
+    scalar = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT)
+
+    @plgpu.inline_mgpu(return_type=scalar)
+    def emit(_: Any) -> Any:
+        i32 = ir.IntegerType.get_signless(32)
+        text = "{ .reg .b32 t; mov.u32 t, %tid.x; shr.u32 $0, t, 7; }"
+        number = llvm.inline_asm(i32, [], text, "=r", asm_dialect=0, has_side_effects=True)
+        return fragmented_array.FragmentedArray.splat(number, (), is_signed=True)
+
+    return emit()
+
+
+def take(taken: Any, place: Any, more: Any, blocks: int, block: Any, before: Any) -> None:
+    """Into ``place``, two words in shared memory, by one thread of a warpgroup: the number of the next piece of work,
+    and ``before``. That is ``block``, its own, or with ``more`` the next that none of ``blocks`` has; ``taken``, a word
+    in global memory, counts those."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), *[plgpu.Layout.WG_SPLAT] * 3))
+    def emit(_: Any, taken: Any, place: Any, *scalars: Any) -> None:
+        more, block, before = (scalar.registers.item() for scalar in scalars)
+        text = (
+            "{ .reg .pred p, q; .reg .b32 t, n; mov.u32 t, %tid.x; and.b32 t, t, 127; setp.eq.u32 p, t, 0; "
+            "setp.ne.and.u32 q, $2, 0, p; mov.u32 n, $3; @q atom.relaxed.gpu.global.add.u32 n, [$0], 1; "
+            f"@q add.u32 n, n, {blocks}; @p st.shared.v2.b32 [$1], {{n, $4}}; }}"
+        )
+        i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
+        pointers = llvm.ptrtoint(i64, utils.memref_ptr(taken)), llvm.ptrtoint(i32, utils.memref_ptr(place))
+        _side_effect(text, [*pointers, more, block, before], "l,r,r,r,r,~{memory}")
+
+    emit(taken, place, jnp.int32(more), block, before)
+
+
 def negate(rows: Any, swizzle: int, interpret: bool) -> None:
     """All of a matrix in shared memory that ``start`` reads, wherever its elements stand: addresses made from a layout
     would be shared with other stores, and take registers until those."""
