@@ -1,19 +1,19 @@
 """``mla_prefill`` on Hopper: two consumer warpgroups of 64 query rows and a producer, ragged, in FP8 and in bf16.
 
 A block computes one tile: up to 128 query rows of one sequence and one head, against that sequence's keys in blocks
-counted from its first key, so that a sequence is computed alike wherever it stands in a batch. A consumer starts the
-scores of a block of keys and the products with the values of the block before together, and computes probabilities
-while the other consumer has the tensor cores.
+counted from its first key, so that a sequence is computed alike wherever it stands in a batch.
 
 FP8: Hopper's products keep about 13 bits of their sum: each block of keys gets a sum of its own, and the blocks are
-added in float32. The largest score is looked for beside the products with the values. V comes transposed and without
-NaN, with a list of where they were. Where few tiles meet many keys, the blocks of keys that a tile sees are split over
-several tiles of the list, each with float32 rows of its own, and the kernel of ``merge_attn_states`` makes the result
-of them.
+added in float32. A consumer computes beside its own products: half of the exponentials of a block beside the scores of
+the next one, for which the exponents are put out of the way of the scores; its largest score beside the products with
+the values of the block before. V comes transposed and without NaN, with a list of where they were. Where few tiles meet
+many keys, the blocks of keys that a tile sees are split over several tiles of the list, each with float32 rows of its
+own, and the kernel of ``merge_attn_states`` makes the result of them.
 
-bf16: products add to float32 sums, and the consumers take turns with the tensor cores. V comes as it is. A key that a
-row does not see has probability 0, and 0 times NaN is NaN: in the blocks that not all rows see the consumers look for
-NaN and infinities, clear them and note where they were. Outputs and earlier states share the memory of the queries.
+bf16: a consumer starts the scores of a block of keys and the products with the values of the block before together,
+products add to float32 sums, and the consumers take turns with the tensor cores. V comes as it is. A key that a row
+does not see has probability 0, and 0 times NaN is NaN: in the blocks that not all rows see the consumers look for NaN
+and infinities, clear them and note where they were. Outputs and earlier states share the memory of the queries.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ class MlaConfig:
     stages     blocks of keys in shared memory
     producer   a warpgroup of its own loads keys and values; else the first consumer does
     registers  of a consumer's and of the producer's thread; without a producer both have what the compiler gives
-    blocks     that work off all tiles one after the other, the next tile's operands loaded ahead; 0: a block a tile.
-               Needs a producer
+    blocks     that take one tile after the other, the next tile's operands loaded ahead; 0: a block a tile. Needs a
+               producer
     splits     of the keys that a tile sees, each a tile of its own; the results are merged. 1: none, as in bf16
     format     of the operands
 
@@ -174,11 +174,18 @@ def default_config(problem: MlaProblem) -> MlaConfig:
     producer = jax.__version_info__ < (0, 12)
     if problem.compute == "fp8":
         whole = not producer and problem.state_dtype == np.float32  # splits of it would spill registers
-        return MlaConfig(producer=producer, splits=1 if whole else _best_splits(problem))
+        splits = 1 if whole else _best_splits(problem)
+        several = producer and splits == 1 and _few_addresses(problem)
+        return MlaConfig(producer=producer, blocks=configs.MULTIPROCESSORS if several else 0, splits=splits)
     out_dtype = None if problem.output_quant is not None else problem.out_dtype
     keys = 112 if np.float32 in (problem.state_dtype, out_dtype) else 128
-    # half of the probabilities take about as long as a product of values
-    return MlaConfig(producer=producer, format=BF16, keys=keys, tail=1, beside=64, parted=True)
+    return MlaConfig(producer=producer, format=BF16, keys=keys, turn="issued", beside=64, parted=True)
+
+
+def _few_addresses(problem: MlaProblem) -> bool:
+    """Of outputs and states: blocks that take several tiles keep them, and a consumer has no registers for more."""
+    wide = np.float32 in (problem.state_dtype, problem.out_dtype)
+    return problem.output_quant is None and not (problem.state_dtype is not None and wide)
 
 
 def _best_splits(problem: MlaProblem) -> int:
@@ -204,9 +211,7 @@ def supports(problem: MlaProblem, device: Device) -> tuple[str, ...]:
     reasons = []
     if device.compute_capability != (9, 0):
         reasons.append(f"needs compute capability 9.0, the device has {device.compute_capability}")
-    if problem.compute != "fp8":
-        return (*reasons, f"computes in FP8; its form in {problem.compute} is not measured yet")
-    return (*reasons, *mla_prepare_sm90.supports(problem))
+    return (*reasons, *(mla_prepare_sm90.supports(problem) if problem.compute == "fp8" else ()))
 
 
 def notes(problem: MlaProblem) -> tuple[str, ...]:
@@ -381,6 +386,7 @@ class _Shared(NamedTuple):
     lse: Any  # [2, 64]
     scales: Any  # [2 * groups, 64]; None without groups
     record: Any  # of bf16 int32 [4, 128]: the first key with NaN, +inf, -inf that was cleared in a column; 0: any was
+    work: Any  # int32 [2, 2] of blocks that take several tiles: number and ``before`` of a tile and of the next one
     q_there: Any
     q_free: Any
     state_there: Any
@@ -389,6 +395,8 @@ class _Shared(NamedTuple):
     k_free: Any
     v_free: Any
     cleared: Any  # of bf16
+    work_there: Any
+    work_free: Any
 
     def queries(self, part: int, warpgroup: Any) -> tuple[Any, Any]:
         """64 rows of a part."""
@@ -418,6 +426,7 @@ class _Tile(NamedTuple):
     skipped: Any  # keys of the sequence, by splits before this one
     blocks: Any  # of keys, at least one
     before: Any  # blocks of keys that this block of threads has worked off
+    place: Any  # in ``_Shared.work``
 
     def slot(self, number: Any, stages: int) -> Any:
         """Where block ``number`` of the keys stands in shared memory."""
@@ -578,6 +587,10 @@ class _Products(NamedTuple):
         if not self.interpreted:
             hopper.end_of_block(number)
 
+    def computed(self, x: Any) -> Any:
+        """Here, not where it is needed."""
+        return x if self.interpreted else hopper.computed([x])[0]
+
 
 class _Cleaner(NamedTuple):
     """Clears and notes values that are no numbers in blocks of keys that not all rows of a tile see, a consumer in its
@@ -644,6 +657,11 @@ class _Kernel:
         tiles = self.problem.heads * self.tiles
         return min(self.config.blocks or tiles, tiles)
 
+    @property
+    def takes(self) -> bool:
+        """Whether a block of threads takes one tile after the other."""
+        return self.blocks < self.problem.heads * self.tiles
+
     def slots(self, dtype: Any) -> int:
         """Places of 64 rows of 128 bytes that a consumer has for values of this type."""
         if self.config.format.prepared:
@@ -661,26 +679,36 @@ class _Kernel:
         scale_shape = (problem.heads, self.groups, self.tiles, WARPGROUPS * ROWS)
         scales = jax.ShapeDtypeStruct(scale_shape, jnp.float32)
 
+        results = [
+            jax.ShapeDtypeStruct((self.config.splits * problem.tokens, problem.heads, VALUES), self.out_dtype),
+            jax.ShapeDtypeStruct((problem.heads, self.tiles, WARPGROUPS * ROWS), jnp.float32),
+            *([scales] if self.groups else []),
+        ]
+
         def fp8attn_mla_prefill_sm90(*refs: Any) -> None:
             self._body(*refs)
 
-        return plgpu.kernel(
-            fp8attn_mla_prefill_sm90,
-            out_type=[
-                jax.ShapeDtypeStruct((self.config.splits * problem.tokens, problem.heads, VALUES), self.out_dtype),
-                jax.ShapeDtypeStruct((problem.heads, self.tiles, WARPGROUPS * ROWS), jnp.float32),
-                *([scales] if self.groups else []),
-            ],
-            grid=(self.blocks,),
-            grid_names=("block",),
-            num_threads=WARPGROUPS + self.config.producer,
-            thread_name="warpgroup",
-            scratch_types=self._scratch(),
-            compiler_params=plgpu.CompilerParams(
-                approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-            ),
-            **options,
-        )(*(x for x in operands if x is not None))
+        def kernel(out_type: list[Any], *refs: Any) -> Any:
+            return plgpu.kernel(
+                fp8attn_mla_prefill_sm90,
+                out_type=out_type,
+                grid=(self.blocks,),
+                grid_names=("block",),
+                num_threads=WARPGROUPS + self.config.producer,
+                thread_name="warpgroup",
+                scratch_types=self._scratch(),
+                compiler_params=plgpu.CompilerParams(
+                    approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+                ),
+                **options,
+            )(*refs)
+
+        given = [x for x in operands if x is not None]
+        if not self.takes:
+            return list(kernel(results, *given))
+        empty = [lax.empty(x.shape, x.dtype) for x in results]
+        run = pl.run_state(lambda refs: kernel([], *given, *refs))
+        return list(run((jnp.zeros(1, jnp.int32), *empty))[1:])
 
     def _scratch(self) -> list[Any]:
         config, plain = self.config, self.interpret is not None
@@ -706,6 +734,7 @@ class _Kernel:
             plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
             *([plgpu.SMEM((WARPGROUPS * self.groups, ROWS), jnp.float32)] if self.groups else []),
             *([] if prepared else [plgpu.SMEM((NOTED + 1, VALUES), jnp.int32)]),
+            *([plgpu.SMEM((2, 2), jnp.int32)] if self.takes else []),
             barrier(len(parts), WARPGROUPS),
             barrier(WARPGROUPS, 1),
             *([barrier(self._pieces(self.problem.state_dtype), WARPGROUPS)] if self.merges else []),
@@ -714,6 +743,7 @@ class _Kernel:
             barrier(WARPGROUPS, stages),
             barrier(WARPGROUPS, stages),
             *([] if prepared else [barrier(WARPGROUPS, 1)]),
+            *([barrier(1, 2), barrier(WARPGROUPS, 2)] if self.takes else []),
         ]
 
     def _shared(self, given: Iterator[Any]) -> _Shared:
@@ -734,6 +764,7 @@ class _Kernel:
         state, out = rest if self.merges else (None, *rest)
         fields = dict(q=tuple(queries), k=tuple(keys), v=values, state=state, out=out)
         absent = {"scales": not self.groups, "record": prepared, "state_there": not self.merges, "cleared": prepared}
+        absent |= dict.fromkeys(("work", "work_there", "work_free"), not self.takes)
         for name in _Shared._fields[len(fields) :]:
             fields[name] = None if absent.get(name) else next(given)
         return _Shared(**fields)
@@ -743,6 +774,7 @@ class _Kernel:
         present = {"k_rope": self.problem.k_rope_dtype is not None, "first_nan": self.config.format.prepared}
         present |= {"state_out": self.merges, "state_lse": self.merges}
         gmem = _Operands(*(next(given) if present.get(name, True) else None for name in _Operands._fields))
+        taken = next(given) if self.takes else None
         out, lse = next(given), next(given)
         results = _Results(out, lse, next(given) if self.groups else None)
         smem = self._shared(given)
@@ -753,7 +785,8 @@ class _Kernel:
         def consumer() -> None:
             if self.config.producer:
                 plgpu.set_max_registers(self.config.registers[0], action="increase")
-            done = self._each_tile(gmem, lambda tile: self._consume(gmem, products, tile, results))
+
+            done = self._each_tile(gmem, smem, lambda tile: self._consume(gmem, products, tile, results))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             if not self.config.format.prepared:
                 pl.when((warpgroup == 0) & (done > 0))(products.wait_for_turn)  # the last one passed
@@ -763,27 +796,54 @@ class _Kernel:
             @pl.when(warpgroup == WARPGROUPS)
             def producer() -> None:
                 plgpu.set_max_registers(self.config.registers[1], action="decrease")
-                done = self._each_tile(gmem, lambda tile: self._produce(_Loader(gmem, smem, tile, self.config)))
+                produce = lambda tile: self._produce(_Loader(gmem, smem, tile, self.config))
+                done = self._each_tile(gmem, smem, produce, functools.partial(self._take, smem, taken))
                 if self.interpret is not None:
                     self._see_last_releases(smem, done)
 
-    def _each_tile(self, gmem: _Operands, work: Callable[[_Tile], None]) -> Any:
-        """The tiles of this block of threads: in every other round the last block has the first of them, so that all
-        get as much. Returns the blocks of keys of all."""
+    def _each_tile(
+        self, gmem: _Operands, smem: _Shared, work: Callable[[_Tile], None], take: Callable[..., None] | None = None
+    ) -> Any:
+        """The tiles of this block of threads, one after the other, in the order of work among all blocks. ``take`` is
+        the producer's and gets the next one; the consumers hear of it. Returns the blocks of keys of all."""
         tiles, block = self.problem.heads * self.tiles, lax.axis_index("block")
+        if not self.takes:
+            tile = self._tile(gmem, block, 0)
+            pl.when(tile.rows > 0)(lambda: work(tile))
+            return jnp.where(tile.rows > 0, tile.blocks, 0)
 
-        def one(turn: Any, before: Any) -> Any:
-            number = turn * self.blocks + jnp.where(lax.rem(turn, 2) == 0, block, self.blocks - 1 - block)
-            tile = self._tile(gmem, jnp.minimum(number, tiles - 1), before)
+        def one(carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+            turn, _, before = carry
+            place = lax.rem(turn, 2)
+            if take:
+                take(turn, before)
+            plgpu.barrier_wait(smem.work_there.at[place])
+            number, before = smem.work[place, 0], smem.work[place, 1]
+            tile = self._tile(gmem, jnp.minimum(number, tiles - 1), before, place)
             there = (tile.rows > 0) & (number < tiles)
             pl.when(there)(lambda: work(tile))
-            return before + jnp.where(there, tile.blocks, 0)
+            more = smem.work[place, 0] < tiles  # read again, as in _again
+            if take:
+                before = before + jnp.where(there, tile.blocks, 0)
+            else:
+                plgpu.barrier_arrive(smem.work_free.at[place])
+            return turn + 1, more, before
 
-        if self.blocks < tiles:
-            return lax.fori_loop(0, -(-tiles // self.blocks), one, jnp.int32(0))
-        tile = self._tile(gmem, block, 0)
-        pl.when(tile.rows > 0)(lambda: work(tile))
-        return jnp.where(tile.rows > 0, tile.blocks, 0)
+        turns, _, before = lax.while_loop(lambda carry: carry[1], one, (jnp.int32(0), jnp.bool(True), jnp.int32(0)))
+        if take and self.interpret is not None:  # which wants every release to be seen
+            pl.when(turns > 1)(lambda: plgpu.barrier_wait(smem.work_free.at[lax.rem(turns, 2)]))
+            plgpu.barrier_wait(smem.work_free.at[lax.rem(turns - 1, 2)])
+        return before
+
+    def _take(self, smem: _Shared, taken: Any, turn: Any, before: Any) -> None:
+        """Tells everybody the next tile of this block: first its own number, then the next that no block has."""
+        place, block = lax.rem(turn, 2), lax.axis_index("block")
+        pl.when(turn > 1)(lambda: plgpu.barrier_wait(smem.work_free.at[place]))
+        if self.interpret is None:
+            hopper.take(taken, smem.work.at[place], turn > 0, self.blocks, block, before)
+        else:
+            smem.work[place, 0], smem.work[place, 1] = turn * self.blocks + block, before
+        plgpu.barrier_arrive(smem.work_there.at[place])
 
     def _produce(self, loader: _Loader) -> None:
         pl.when(loader.tile.before > 0)(lambda: plgpu.barrier_wait(loader.smem.q_free.at[0]))
@@ -808,7 +868,7 @@ class _Kernel:
         width = jnp.minimum(heads - group * size, size) if heads % size else size
         return group * size + lax.rem(rest, width), lax.div(rest, width)
 
-    def _tile(self, gmem: _Operands, number: Any, before: Any) -> _Tile:
+    def _tile(self, gmem: _Operands, number: Any, before: Any, place: Any = None) -> _Tile:
         head, index = self._place(number)
         field = lambda name: gmem.tiles[index, tile_list.SPLIT_FIELDS.index(name)]
         first_query, rows, visible, key_count = map(field, ("first_query", "rows", "visible", "key_count"))
@@ -820,8 +880,14 @@ class _Kernel:
             own = map(field, ("first_output", "skipped", "blocks"))
         return _Tile(
             number, index, head, first_query, rows, field("first_key"), field("first_column"), visible, key_count,
-            field("sequence"), field("instance"), *own, before,
+            field("sequence"), field("instance"), *own, before, place,
         )  # fmt: skip
+
+    def _again(self, gmem: _Operands, smem: _Shared, tile: _Tile) -> _Tile:
+        """The same, read again: the scalars of a tile would take registers through the loop over its keys."""
+        if self.takes:
+            return self._tile(gmem, smem.work[tile.place, 0], smem.work[tile.place, 1], tile.place)
+        return self._tile(gmem, tile.number, tile.before)
 
     def _consume(self, gmem: _Operands, products: _Products, tile: _Tile, results: _Results) -> None:
         config, smem, warpgroup = self.config, products.smem, products.warpgroup
@@ -853,9 +919,10 @@ class _Kernel:
             plgpu.layout_cast(jnp.zeros((ROWS, VALUES), jnp.float32), hopper.ACCUMULATOR),
             full_row(-jnp.inf, ROWS), hopper.no_sum(ROWS), full_row(0.0, ROWS),
         )  # fmt: skip
-        p, state = self._probabilities(*self._scaled(tile, exponent, s, state, local, 0), state, local)
-        plgpu.barrier_wait(smem.v_there.at[slot])
+        softmax = self._halved if prepared else self._probabilities
+        carry = softmax(*self._scaled(tile, exponent, s, state, local, 0), state, local)
         if cleaner:
+            plgpu.barrier_wait(smem.v_there.at[slot])
 
             @pl.when(self._whole(tile, 0) == 0)
             def clear() -> None:
@@ -875,10 +942,10 @@ class _Kernel:
             return lambda number, carry: self._wide_step(tile, products, exponent, refill, own, local, number, carry)
 
         whole = self._whole(tile, local if prepared else 0, 1)
-        carry = lax.fori_loop(1, whole, step(tile), (p, state))
-        # read again: the scalars of a tile would take registers through the loop
-        again = self._tile(gmem, tile.number, tile.before)
-        p, state = lax.fori_loop(whole, tile.blocks, step(again, local), carry)
+        carry = lax.fori_loop(1, whole, step(tile), carry)
+        tile = self._again(gmem, smem, tile)
+        carry = lax.fori_loop(whole, tile.blocks, step(tile, local), carry)
+        p, state = self._whole_operand(*carry) if prepared else carry
         self._end(gmem, products, cleaner, tile, p, state, results)
         if not config.producer and self.interpret is not None:  # which wants every release to be seen
             pl.when(warpgroup == 0)(lambda: self._see_refills(smem, tile))
@@ -896,11 +963,15 @@ class _Kernel:
             plgpu.commit_smem()  # no warp reads the queries
             self._load_state(gmem, smem, tile, warpgroup)
         last = tile.slot(tile.blocks - 1, self.config.stages)
+        if cleaner is None:
+            plgpu.barrier_wait(smem.v_there.at[last])
         weighed = products.weighed(products.start_values(p, last, state.out if cleaner else None), last)
         state = state._replace(out=weighed if cleaner else self._sum(state, weighed))
         if cleaner:
             pl.when(self._whole(tile, 0) == tile.blocks)(cleaner.wait)
-        self._finish(gmem, smem, self._tile(gmem, tile.number, 0), state, warpgroup, results)
+        if self.takes and self.interpret is None:  # else what follows from it is kept for all tiles
+            warpgroup = hopper.warpgroup()
+        self._finish(gmem, smem, self._again(gmem, smem, tile), state, warpgroup, results)
         if cleaner and leaves:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(smem.q_free.at[0])
@@ -911,11 +982,9 @@ class _Kernel:
         return jnp.clip(lax.div(seen, self.config.keys), least, tile.blocks)
 
     def _negate_queries(self, smem: _Shared, warpgroup: Any) -> None:
-        kind = {1: jnp.int8, 2: jnp.int16}[self.config.format.size]
-        for part in range(len(self.config.format.parts)):
-            view = smem.queries(part, warpgroup)[1]
-            bits = lax.bitcast_convert_type(view[...], kind)
-            view[...] = lax.bitcast_convert_type(bits ^ kind(jnp.iinfo(kind).min), self.config.format.dtype)
+        for part, (_, width) in enumerate(self.config.format.parts):
+            rows = smem.queries(part, warpgroup)[1]
+            hopper.negate(rows, min(width * self.config.format.size, 128), self.interpret is not None)
         plgpu.commit_smem()
 
     def _see_refills(self, smem: _Shared, tile: _Tile) -> None:
@@ -950,14 +1019,34 @@ class _Kernel:
         factor = exponent if local is None else 1.0
         return pieces, factor, jnp.maximum(state.top, row_max(pieces) * factor)
 
+    def _halved(
+        self, pieces: list[Any], factor: Any, top: Any, state: _Softmax, local: Any
+    ) -> tuple[Any, Any, _Softmax]:
+        """Lifted probabilities of the first half of a block as an operand, and the exponents of the other half."""
+        anchor = top if local is None else jnp.where(top == -jnp.inf, 0.0, top)
+        shrink = jnp.exp2(state.top - anchor)
+        exponents = [piece * factor - spread(anchor - LIFT, piece) for piece in pieces]
+        half = len(exponents) // 2
+        early = [*map(jnp.exp2, exponents[:half])]
+        total = state.total * spread(shrink, state.total) + hopper.partial_sum(early)
+        operand = hopper.as_operand(early, E4M3, self.interpret is not None)
+        late = hopper.join(exponents[half:], self.interpret is not None)
+        return operand, late, state._replace(top=top, total=total, shrink=shrink)
+
+    def _whole_operand(self, early: Any, late: Any, state: _Softmax) -> tuple[Any, _Softmax]:
+        """With the probabilities of the other half."""
+        late = jnp.exp2(late)
+        operand = hopper.as_operand([late], E4M3, self.interpret is not None)
+        whole = hopper.join([early, operand], self.interpret is not None, hopper.OPERAND)
+        return whole, state._replace(total=state.total + hopper.partial_sum([late]))
+
     def _probabilities(
         self, pieces: list[Any], factor: Any, top: Any, state: _Softmax, local: Any
     ) -> tuple[Any, _Softmax]:
-        """Lifted probabilities as an operand."""
-        lift = self.config.format.lift
+        """All of a block as an operand, in bf16."""
         anchor = top if local is None else jnp.where(top == -jnp.inf, 0.0, top)
         shrink = jnp.exp2(state.top - anchor)
-        pieces = [jnp.exp2(piece * factor - spread(anchor - lift, piece)) for piece in pieces]
+        pieces = [jnp.exp2(piece * factor - spread(anchor, piece)) for piece in pieces]
         total = state.total * spread(shrink, state.total) + hopper.partial_sum(pieces)
         return self._as_operand(pieces, state._replace(top=top, total=total, shrink=shrink))
 
@@ -979,12 +1068,13 @@ class _Kernel:
         return self._as_operand([*pieces[:early], *rest], _Softmax(out, top, total, shrink))
 
     def _as_operand(self, pieces: list[Any], state: _Softmax) -> tuple[Any, _Softmax]:
-        operand = hopper.as_operand(pieces, self.config.format.dtype, self.interpret is not None)
-        return operand, state if self.config.format.prepared else self._shrunk(state)
+        return hopper.as_operand(pieces, BF16.dtype, self.interpret is not None), self._shrunk(state)
 
     def _split(self, s: Any) -> list[Any]:
         keys, piece = self.config.keys, self.config.piece
-        if keys & (keys - 1) == 0 and self.config.beside in (0, keys):
+        if self.config.format.prepared:
+            piece = keys // 2
+        elif keys & (keys - 1) == 0 and self.config.beside in (0, keys):
             return [s]
         return [s[:, first : first + piece] for first in range(0, keys, piece)]
 
@@ -1001,20 +1091,21 @@ class _Kernel:
 
     def _step(
         self, tile: _Tile, products: _Products, exponent: Any, refill: Any, local: Any, number: Any, carry: Any
-    ) -> tuple[Any, _Softmax]:
-        """Scores of block ``number``, values of the block before, probabilities of this one."""
-        operand, state = carry
+    ) -> tuple[Any, Any, _Softmax]:
+        """Scores of block ``number`` and the rest of the exponentials of the block before; its values and the largest
+        score; the first exponentials of block ``number``."""
         slot, before = (tile.slot(n, self.config.stages) for n in (number, number - 1))
         plgpu.barrier_wait(products.smem.k_there.at[slot])
-        scores, weighed = products.start_scores(slot), products.start_values(operand, before)
+        scores = products.start_scores(slot)
+        operand, state = self._whole_operand(*carry)
+        plgpu.barrier_wait(products.smem.v_there.at[before])
+        weighed = products.start_values(operand, before)
         refill(number)
-        scores = products.scores(scores, slot, younger=1)
-        scaled = self._scaled(tile, exponent, scores, state, local, number)
-        if local is None:
-            products.end_of_block()  # the maximum is found beside the products with the values
-        weighed = products.weighed(weighed, before)
-        plgpu.barrier_wait(products.smem.v_there.at[slot])
-        return self._probabilities(*scaled, state._replace(out=self._sum(state, weighed)), local)
+        products.end_of_block(1)
+        scaled = self._scaled(tile, exponent, products.scores(scores, slot, younger=1), state, local, number)
+        products.end_of_block(2)
+        out = self._sum(state, products.weighed(weighed, before))
+        return self._halved(*scaled, state._replace(out=products.computed(out)), local)
 
     def _wide_step(
         self, tile: _Tile, products: _Products, exponent: Any, refill: Any, cleaner: _Cleaner | None, local: Any,
@@ -1097,7 +1188,7 @@ class _Kernel:
         log_total = jnp.log(jnp.where(nothing, 1.0, total))
         lse = jnp.where(nothing, -jnp.inf, state.top * LN2 + (log_total - self.config.format.lift * LN2))
         if self.merges:
-            value, lse = self._merged(gmem, smem, tile, warpgroup, value, lse)
+            value, lse = self._merged(gmem, smem, tile, lax.axis_index("warpgroup"), value, lse)
         elif not self.config.format.prepared:
             plgpu.commit_smem()  # no warp reads the queries
         elif self.config.blocks:

@@ -122,11 +122,13 @@ def _merge(
 
 def mla_calls() -> Iterator[Call]:
     """Causal and not, both forms of K, every kind of output, states of both widths, splits with their merge; in bf16
-    what differs there."""
+    what differs there. Blocks that take several tiles, and where those are ``few`` a block a tile."""
+    few = {"tokens": 512}
     packed, row64 = Fp8PerGroup.deepgemm_sm100(), Fp8PerGroup.row_major(64)
     state16, state32 = jnp.dtype(BF16), jnp.dtype(F32)
     yield _mla("causal")
     yield _mla("full pair", causal=False, pair=True)
+    yield _mla("few, full pair", causal=False, pair=True, **few)
     yield _mla("float32 output", out_dtype=jnp.dtype(F32))
     yield _mla("fp8_tensor", output_quant=Fp8PerTensor(None))
     yield _mla("fp8_group128_ue8m0_packed", output_quant=packed)
@@ -142,13 +144,13 @@ def mla_calls() -> Iterator[Call]:
     )  # fmt: skip
 
 
-def _mla(label: str, pair: bool = False, splits: int = 1, **options: Any) -> Call:
+def _mla(label: str, pair: bool = False, splits: int = 1, tokens: int = 16384, **options: Any) -> Call:
     """Through ``steps_of``, which takes a number of splits: attention alone, with splits also their merge. The kernels
     that prepare its operands have calls of their own."""
     from jax_fp8attn.pallas import mla_prefill_sm90 as kernel
     from jax_fp8attn.problems import MlaArrays, MlaProblem
 
-    tokens, heads, sequences = 512, 2, 2
+    heads, sequences = 2, 2
     options = {"out_dtype": jnp.dtype(BF16), "return_lse": True, "compute": "fp8", **options}
     dtype = jnp.dtype(jnp.float8_e4m3fn if options["compute"] == "fp8" else BF16)
     problem = MlaProblem(
@@ -169,7 +171,10 @@ def _mla(label: str, pair: bool = False, splits: int = 1, **options: Any) -> Cal
         None if state is None else of((heads, tokens), F32),
         one if isinstance(problem.output_quant, Fp8PerTensor) else None,
     )
-    steps = kernel.steps_of(problem, dataclasses.replace(kernel.default_config(problem), splits=splits))
+    config = kernel.default_config(problem)
+    if splits > 1:  # as where tiles are few
+        config = dataclasses.replace(config, splits=splits, blocks=0)
+    steps = kernel.steps_of(problem, config)
     leaves, tree = jax.tree.flatten((arrays, jax.eval_shape(steps.prepare, arrays)))
 
     def run(*given: Any) -> Any:

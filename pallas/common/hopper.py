@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from jaxlib.mlir.dialects import arith, llvm, nvvm, scf, vector
 from jax_fp8attn.quantize import E4M3
 
 ACCUMULATOR = plgpu.Layout.WGMMA  # [64, n] float32 of a warpgroup
+OPERAND = plgpu.Layout.WGMMA_8BIT  # [64, n] e4m3
 ROW = ACCUMULATOR.reduce(1)  # [64]
 ROWS = 64  # of a product of a warpgroup
 KEY_GROUP = 16
@@ -67,7 +69,7 @@ def as_operand(pieces: list[Any], dtype: Any, interpret: bool) -> Any:
     if interpret:
         p = to_e4m3(jnp.concatenate(pieces, axis=1))
         return p.reshape(m, n // KEY_GROUP, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(m, n)
-    operand = plgpu.ShapeDtypeStruct((m, n), E4M3, layout=plgpu.Layout.WGMMA_8BIT)
+    operand = plgpu.ShapeDtypeStruct((m, n), E4M3, layout=OPERAND)
 
     @plgpu.inline_mgpu(arg_types=(ACCUMULATOR,) * len(pieces), return_type=operand)
     def regroup(_: Any, *parts: Any) -> Any:
@@ -83,16 +85,16 @@ def as_operand(pieces: list[Any], dtype: Any, interpret: bool) -> Any:
     return regroup(*pieces)
 
 
-def join(pieces: list[Any], interpret: bool) -> Any:
+def join(pieces: list[Any], interpret: bool, layout: Any = ACCUMULATOR) -> Any:
     """Pieces [m, n] next to each other; on a GPU this moves nothing."""
     if len(pieces) == 1:
         return pieces[0]
     if interpret:
         return jnp.concatenate(pieces, axis=1)
     shape = (pieces[0].shape[0], sum(piece.shape[1] for piece in pieces))
-    whole = plgpu.ShapeDtypeStruct(shape, pieces[0].dtype, layout=ACCUMULATOR)
+    whole = plgpu.ShapeDtypeStruct(shape, pieces[0].dtype, layout=layout)
 
-    @plgpu.inline_mgpu(arg_types=(ACCUMULATOR,) * len(pieces), return_type=whole)
+    @plgpu.inline_mgpu(arg_types=(layout,) * len(pieces), return_type=whole)
     def joined(_: Any, *parts: Any) -> Any:
         return _beside(parts)
 
@@ -155,7 +157,7 @@ def start(
     for (a, b, swizzle), register in zip(pairs, in_registers, strict=True):
         size = jnp.dtype(b.dtype).itemsize
         of_a, of_b = swizzle if isinstance(swizzle, tuple) else (swizzle, swizzle)
-        types += [(plgpu.Layout.WGMMA_8BIT if size == 1 else ACCUMULATOR) if register else _tiled(of_a, size)]
+        types += [(OPERAND if size == 1 else ACCUMULATOR) if register else _tiled(of_a, size)]
         types += [_tiled(of_b, size)]
         operands += [a, b]
     if onto is not None:
@@ -348,6 +350,65 @@ def emit_anew(word: Any) -> Any:
     return llvm.inline_asm(word.type, [word], "mov.b32 $0, $1;", "=r,r", asm_dialect=0, has_side_effects=True)
 
 
+def warpgroup() -> Any:
+    """Its number, computed here."""
+    scalar = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT)
+
+    @plgpu.inline_mgpu(return_type=scalar)
+    def emit(_: Any) -> Any:
+        i32 = ir.IntegerType.get_signless(32)
+        text = "{ .reg .b32 t; mov.u32 t, %tid.x; shr.u32 $0, t, 7; }"
+        number = llvm.inline_asm(i32, [], text, "=r", asm_dialect=0, has_side_effects=True)
+        return fragmented_array.FragmentedArray.splat(number, (), is_signed=True)
+
+    return emit()
+
+
+def take(taken: Any, place: Any, more: Any, blocks: int, block: Any, before: Any) -> None:
+    """Into ``place``, two words in shared memory, by one thread of a warpgroup: the number of the next piece of work,
+    and ``before``. That is ``block``, its own, or with ``more`` the next that none of ``blocks`` has; ``taken``, a word
+    in global memory, counts those."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), *[plgpu.Layout.WG_SPLAT] * 3))
+    def emit(_: Any, taken: Any, place: Any, *scalars: Any) -> None:
+        more, block, before = (scalar.registers.item() for scalar in scalars)
+        text = (
+            "{ .reg .pred p, q; .reg .b32 t, n; mov.u32 t, %tid.x; and.b32 t, t, 127; setp.eq.u32 p, t, 0; "
+            "setp.ne.and.u32 q, $2, 0, p; mov.u32 n, $3; @q atom.relaxed.gpu.global.add.u32 n, [$0], 1; "
+            f"@q add.u32 n, n, {blocks}; @p st.shared.v2.b32 [$1], {{n, $4}}; }}"
+        )
+        i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
+        pointers = llvm.ptrtoint(i64, utils.memref_ptr(taken)), llvm.ptrtoint(i32, utils.memref_ptr(place))
+        _side_effect(text, [*pointers, more, block, before], "l,r,r,r,r,~{memory}")
+
+    emit(taken, place, jnp.int32(more), block, before)
+
+
+def negate(rows: Any, swizzle: int, interpret: bool) -> None:
+    """All of a matrix in shared memory that ``start`` reads, wherever its elements stand: addresses made from a layout
+    would be shared with other stores, and take registers until those."""
+    size = jnp.dtype(rows.dtype).itemsize
+    if interpret:
+        bits = lax.bitcast_convert_type(rows[...], jnp.dtype(f"int{8 * size}"))
+        rows[...] = lax.bitcast_convert_type(bits ^ jnp.iinfo(bits.dtype).min, rows.dtype)
+        return
+
+    @plgpu.inline_mgpu(arg_types=(_tiled(swizzle, size),))
+    def emit(_: Any, rows: Any) -> None:
+        i32 = ir.IntegerType.get_signless(32)
+        thread = llvm.inline_asm(i32, [], "mov.u32 $0, %tid.x;", "=r", asm_dialect=0, has_side_effects=True)
+        offset = arith.muli(arith.remui(thread, _word(128)), _word(16))
+        address = arith.addi(llvm.ptrtoint(i32, utils.memref_ptr(rows)), offset)
+        loop = scf.ForOp(_word(0), _word(math.prod(ir.MemRefType(rows.type).shape) * size // 2048), _word(1), [])
+        with ir.InsertionPoint(loop.body):
+            own = arith.addi(address, arith.muli(loop.induction_variable, _word(2048)))
+            words = [arith.xori(word, _word({1: 0x80808080, 2: 0x80008000}[size])) for word in _load_words(own)]
+            _store_words(own, words)
+            scf.yield_([])
+
+    emit(rows)
+
+
 def clear_nonfinite(values: Any, record: Any, first_key: Any, first_column: Any) -> None:
     """NaN and infinities in values, bf16 [keys, 64] as ``tiles``, become 0; the first key with NaN, +inf and -inf in a
     column is noted in ``record``, int32 [4, columns], and 0 in its last row. ``first_key`` is that of the first row.
@@ -406,7 +467,7 @@ def _clear_words(address: Any, place: Any, key: Any, row: int) -> None:
             _side_effect("red.shared.min.s32 [$0], $1;", [where, noted], "r,r,~{memory}")
             word = arith.select(finite, word, arith.andi(word, _word(0xFFFF0000 >> (16 * half))))
         cleared.append(word)
-    _side_effect("st.shared.v4.b32 [$0], {$1,$2,$3,$4};", [address, *cleared], "r,r,r,r,r,~{memory}")
+    _store_words(address, cleared)
 
 
 def _load_words(address: Any) -> list[Any]:
@@ -417,6 +478,10 @@ def _load_words(address: Any) -> list[Any]:
         "=r,=r,=r,=r,r,~{memory}", asm_dialect=0, has_side_effects=True,
     )  # fmt: skip
     return [llvm.extractvalue(i32, words, [number]) for number in range(4)]
+
+
+def _store_words(address: Any, words: list[Any]) -> None:
+    _side_effect("st.shared.v4.b32 [$0], {$1,$2,$3,$4};", [address, *words], "r,r,r,r,r,~{memory}")
 
 
 def _side_effect(text: str, given: list[Any], constraints: str) -> None:
