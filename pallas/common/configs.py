@@ -39,7 +39,7 @@ def candidates(op: str, problem: Any, default: Any) -> tuple[Any, ...]:
 def _mla(problem: MlaProblem, default: Any) -> Iterable[dict[str, Any]]:
     """In the problem's own format. An assembler that drops setmaxnreg gets no producer."""
     if problem.compute == "bf16":
-        yield from ({"turn": "issued"}, {"turn": "scores"}, {"keys": 112})
+        yield from ({"turn": "done", "tail": 1}, {"turn": "scores"}, {"keys": 112})
         return
     if default.producer:
         for stages, registers, blocks in itertools.product((2, 3), ((240, 24), (232, 40)), (0, MULTIPROCESSORS)):
