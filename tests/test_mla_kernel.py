@@ -530,6 +530,16 @@ class TestFaults:
         sound = interpreted(given.problem(), arrays, cut)
         assert verdict(faulty, fault, given.problem(), arrays, cut, expected=sound, kernels=2) == expected
 
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("fault", "expected"), [("none", "clean"), ("the next tile told while one is at work", "RaceFound")]
+    )
+    def test_planted_in_blocks_of_several_tiles(self, fault: str, expected: str) -> None:
+        given = case((40,), (70,), heads=5)
+        arrays, cut = make_arrays(given), {"blocks": 2}
+        sound = interpreted(given.problem(), arrays)
+        assert verdict(faulty, fault, given.problem(), arrays, cut, expected=sound) == expected
+
 
 def faulty(
     interpret: Any,
@@ -563,6 +573,11 @@ def faulty(
         token = work.token[work.place[:1]]
         return tiles_of_rows(lse, work._replace(token=work.token.at[work.place].set(token)))
 
+    def told_early(self: Any, smem: Any, taken: Any, turn: Any, before: Any) -> None:
+        place = jax.lax.rem(turn, 2)
+        smem.work[place, 0], smem.work[place, 1] = turn * self.blocks + jax.lax.axis_index("block"), before
+        plgpu.barrier_arrive(smem.work_there.at[place])
+
     unreleased = lambda self, pending, slot, younger=0: pending
     patches = {
         "none": [],
@@ -579,6 +594,7 @@ def faulty(
         "NaN sought among the split's own keys": [tile_with(skipped=lambda tile: 0)],
         "rows of one split for all": [tile_with(first_output=lambda tile: tile.first_query)],
         "a block of the next split": [tile_with(blocks=lambda tile: tile.blocks + 1)],
+        "the next tile told while one is at work": [(own, "_take", told_early)],
         "a state for every split": [(tile_list, "tiles_of_rows", state_for_all)],
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
