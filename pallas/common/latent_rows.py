@@ -122,12 +122,12 @@ class Gather:
                 row = hopper.emit_anew(row)  # or assemblers keep its addresses through the kernel, and spill others
             own = arith.addi(base, arith.muli(row, _word(128)))
             for n in range(OWN):
-                if n:
-                    hopper.emit_end_of_block(2 * half + n)  # or more of them would be under way than registers hold
                 mine = words[n * count // OWN : (n + 1) * count // OWN]
                 factors = bits[n * self.held_scales : (n + 1) * self.held_scales]
                 for tile in range(TILES - (half == 1)):
                     number = TILES * half + tile
+                    # or more of them would be under way than registers hold
+                    hopper.emit_end_of_block(32 + OWN * number + n)
                     codes = _dequantised(mine[tile], self._factor(factors, number))
                     place = arith.addi(own, _word(number * TILE + n * PART))
                     _store_pieces(
