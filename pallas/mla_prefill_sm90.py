@@ -132,7 +132,6 @@ class MlaConfig:
     parted: bool = False
 
     def __post_init__(self) -> None:
-        consumer, producer = self.registers
         own = (self.keys, self.turn, self.tail, self.beside, self.parted)
         if self.format.prepared and own != (KEYS, "done", 0, 0, False):
             raise ValueError(f"keys, turn, tail, beside and parted are for bf16: {self}")
@@ -146,8 +145,8 @@ class MlaConfig:
             raise ValueError(f"without a producer and in bf16 two stages at least are needed: {self}")
         if self.blocks and not self.producer:
             raise ValueError(f"blocks that take several tiles need a producer: {self}")
-        if any(r % 8 for r in self.registers) or 128 * (WARPGROUPS * consumer + producer) > 65536:
-            raise ValueError(f"registers must be multiples of 8 and fit into 65536: {self}")
+        if not configs.registers_fit(WARPGROUPS, self.registers):
+            raise ValueError(f"registers must be multiples of 8 and fit into what a launch gives: {self}")
         if self.splits < 1 or (self.splits > 1 and not self.format.prepared):
             raise ValueError(f"a tile has one split at least, and in bf16 no more: {self}")
         if self.shared_memory > 232448:

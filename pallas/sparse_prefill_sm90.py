@@ -59,14 +59,13 @@ class SparseConfig:
     """
 
     producer: bool = True
-    registers: tuple[int, int] = (192, 128)
+    registers: tuple[int, int] = (192, 120)
     blocks: int = configs.MULTIPROCESSORS
     halves: bool = True
 
     def __post_init__(self) -> None:
-        consumer, producer = self.registers
-        if any(r % 8 for r in self.registers) or 128 * (CONSUMERS * consumer + producer) > 65536:
-            raise ValueError(f"registers must be multiples of 8 and fit into 65536: {self}")
+        if not configs.registers_fit(CONSUMERS, self.registers):
+            raise ValueError(f"registers must be multiples of 8 and fit into what a launch gives: {self}")
 
     @property
     def shared_memory(self) -> int:
@@ -78,7 +77,7 @@ class SparseConfig:
 def default_config(problem: SparseProblem) -> SparseConfig:
     """A producer of its own where the assembler keeps setmaxnreg: jax 0.12 assembles through nvJitLink, which drops
     it. FP8 rows pass through the producer's registers."""
-    registers = (192, 128) if problem.prefix.form.dtype == E4M3 else (216, 72)
+    registers = (192, 120) if problem.prefix.form.dtype == E4M3 else (216, 72)
     return SparseConfig(producer=jax.__version_info__ < (0, 12), registers=registers)
 
 
@@ -282,7 +281,6 @@ class _Producer:
             numbers, following, pool, first, second, scales = carry
             slot = lax.rem(number, SLOTS)
             target = smem.rows.at[slot]
-            after, after_pool = self.numbers(tile, number + 2)
             self._wait(slot, 0)
             latent_rows.note_valid(numbers, smem.valid.at[slot], self.kernel.plain)
             gather.store(first, scales, target, 0)
@@ -296,6 +294,7 @@ class _Producer:
                 plgpu.barrier_arrive(smem.there.at[2 * slot])
                 first = gather.load(following, pool, 0)
             second, scales = gather.load(following, pool, 1), gather.load_scales(following, pool)
+            after, after_pool = self.numbers(tile, number + 2)  # asked for last: all registers are taken before
             return following, after, after_pool, first, second, scales
 
         lax.fori_loop(0, tile.blocks, block, (numbers, following, following_pool, first, second, scales))

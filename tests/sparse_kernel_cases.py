@@ -73,6 +73,7 @@ def check(run: Any, given: Case, cut: dict[str, Any] | None = None, **options: A
     out, lse = run(given, cut, **options)
     with np.errstate(invalid="ignore"):
         expected, expected_lse = given.expected()
+    least = float(jnp.finfo(out.dtype).smallest_subnormal)
     out = out.astype(np.float64)
     finite = np.isfinite(expected_lse)
     np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(expected_lse))
@@ -82,7 +83,8 @@ def check(run: Any, given: Case, cut: dict[str, Any] | None = None, **options: A
     expected = np.where(empty, 0.0, expected)
     np.testing.assert_array_equal(np.isnan(out), np.isnan(expected))
     mass = lambda x: np.linalg.norm(np.nan_to_num(x), axis=-1)
-    assert (mass(out - expected) <= sparse_cases.BF16 * mass(expected)).all()
+    lost = np.sqrt(out.shape[-1]) * least / 2  # of numbers as small as float16 has them beside a large sink
+    assert (mass(out - expected) <= sparse_cases.BF16 * mass(expected) + lost).all()
     return out, lse
 
 

@@ -33,6 +33,14 @@ LISTING = """.text.k:
 .L_x_3:
 """
 BUDGET = (168, 1000)
+KEPT = "USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xf0"
+
+
+def roles(consumers: tuple[int, ...], *producers: int) -> str:
+    """PTX of three warpgroups that change their registers so, consumers each in code of its own or in common code."""
+    changes = [("inc", count) for count in consumers] + [("dec", count) for count in producers]
+    lines = [f"\tsetmaxnreg.{kind}.sync.aligned.u32 {count};" for kind, count in changes]
+    return "\n".join([".maxntid 384, 1, 1", *lines])
 
 
 def dump(folder: Path, **facts: object) -> assembly.Kernel:
@@ -60,7 +68,11 @@ def test_a_sound_kernel(tmp_path: Path) -> None:
         ({"smem": 1001}, "1001 bytes of shared memory"),
         ({"warning": "warning (C7512) wgmma serialized"}, r"wgmma serialised \(C7512\)"),
         ({"warning": "info (C7504) 'setmaxnreg' ignored"}, "setmaxnreg ignored"),
-        ({"ptx": "setmaxnreg.inc.sync.aligned.u32 240;"}, "setmaxnreg ignored"),
+        ({"ptx": roles((240, 240), 24), "registers": 168}, "setmaxnreg ignored"),
+        ({"ptx": roles((192, 192), 128), "registers": 168, "first": KEPT}, "waits for 1024 registers"),
+        ({"ptx": roles((192,), 128), "registers": 168, "first": KEPT}, "waits for 1024 registers"),
+        ({"ptx": roles((240, 240), 24), "registers": 160, "first": KEPT}, "waits for 3072 registers"),
+        ({"ptx": roles((176,)), "registers": 168, "first": KEPT}, "waits for 3072 registers"),
     ],
 )
 def test_faults(tmp_path: Path, facts: dict[str, object], fault: str) -> None:
@@ -69,8 +81,8 @@ def test_faults(tmp_path: Path, facts: dict[str, object], fault: str) -> None:
 
 
 def test_setmaxnreg_that_is_kept(tmp_path: Path) -> None:
-    facts = {"ptx": "setmaxnreg.inc.sync.aligned.u32 240;", "first": "USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xf0"}
-    assert dump(tmp_path, **facts).faults(*BUDGET) == ()
+    for ptx in (roles((240, 240), 24), roles((192, 192), 120), roles((216,), 72)):
+        assert dump(tmp_path, ptx=ptx, registers=165, first=KEPT).faults(*BUDGET) == ()
 
 
 def test_no_listing_is_no_pass(tmp_path: Path) -> None:

@@ -711,7 +711,7 @@ class TestConfig:
     @pytest.mark.parametrize(
         "bad",
         [
-            {"registers": (248, 40)}, {"registers": (236, 24)}, {"stages": 5}, {"producer": False, "blocks": 9},
+            {"registers": (240, 32)}, {"registers": (236, 24)}, {"stages": 5}, {"producer": False, "blocks": 9},
             {"splits": 0},
         ],
     )  # fmt: skip

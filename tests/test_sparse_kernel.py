@@ -301,7 +301,7 @@ class TestLanes:
 
 
 class TestConfig:
-    @pytest.mark.parametrize("bad", [{"registers": (200, 120)}, {"registers": (196, 112)}])
+    @pytest.mark.parametrize("bad", [{"registers": (192, 128)}, {"registers": (196, 112)}, {"registers": (160, 168)}])
     def test_misfits_are_refused(self, bad: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match="registers"):
             SparseConfig(**bad)
@@ -309,7 +309,7 @@ class TestConfig:
     def test_heuristics(self) -> None:
         fp8, bf16 = (operands(case(rows=rows))[0] for rows in (FP8, None))
         with mock.patch.object(jax, "__version_info__", (0, 11, 2)):
-            assert sparse_prefill_sm90.default_config(fp8) == SparseConfig(True, (192, 128))
+            assert sparse_prefill_sm90.default_config(fp8) == SparseConfig(True, (192, 120))
             assert sparse_prefill_sm90.default_config(bf16) == SparseConfig(True, (216, 72))
         with mock.patch.object(jax, "__version_info__", (0, 12, 0)):
             assert not sparse_prefill_sm90.default_config(fp8).producer

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import re
 import tempfile
@@ -89,6 +90,7 @@ class Kernel:
     loop: int  # instructions of the main loop; 0: there is none
     mix: dict[str, int]  # of the main loop, or else of the kernel
     setmaxnreg_lost: bool
+    missing_registers: int  # for which setmaxnreg waits, and which the launch has not
 
     def faults(self, registers: int, shared_memory: int) -> tuple[str, ...]:
         """What makes the gate fail, given the kernel's budget."""
@@ -100,6 +102,8 @@ class Kernel:
             faults.append(f"wgmma serialised ({', '.join(codes)})")
         if self.setmaxnreg_lost or any(SETMAXNREG_IGNORED in line for line in self.warnings):
             faults.append("setmaxnreg ignored")
+        if self.missing_registers:
+            faults.append(f"setmaxnreg waits for {self.missing_registers} registers more than the launch has")
         if self.registers > registers:
             faults.append(f"{self.registers} registers, the budget is {registers}")
         if self.shared_memory > shared_memory:
@@ -184,9 +188,10 @@ def _read(ptx: Path) -> Kernel:
     if not instructions or "Used" not in log:
         raise RuntimeError(f"{ptx.stem}: no assembler log or no listing; nvidia-cuda-nvdisasm must be installed")
     mix = collections.Counter(name.split(".")[0] for name in (loop or instructions))
+    registers = max(_numbers(r"Used (\d+) registers", log))
     return Kernel(
         name=ptx.stem,
-        registers=max(_numbers(r"Used (\d+) registers", log)),
+        registers=registers,
         spilled=sum(max(_numbers(rf"(\d+) bytes spill {kind}", log), default=0) for kind in ("stores", "loads")),
         shared_memory=sum(_numbers(r"smem_scratch_bytes=(\d+)", resources)),
         warnings=tuple(sorted({line.strip() for line in log.splitlines() if "warn" in line.lower() or "(C75" in line})),
@@ -194,7 +199,19 @@ def _read(ptx: Path) -> Kernel:
         loop=len(loop),
         mix=dict(mix.most_common()),
         setmaxnreg_lost="setmaxnreg" in text and not any(name.startswith("USETMAXREG") for name in instructions),
+        missing_registers=_missing_registers(text, registers),
     )
+
+
+def _missing_registers(text: str, launched: int) -> int:
+    """Of a block: every decrease is one warpgroup's, all others increase. What they ask for beyond the registers that
+    all threads are launched with, in steps of 8, never comes."""
+    wanted, left = (_numbers(rf"setmaxnreg\.{kind}\S*\s+(\d+)", text) for kind in ("inc", "dec"))
+    if not wanted:
+        return 0
+    threads = math.prod(_numbers(r"(\d+)", re.findall(r"\.(?:max|req)ntid ([\d, ]+)", text)[0]))
+    held = max(wanted) * (threads // 128 - len(left)) + sum(left)
+    return max(0, 128 * held - threads * -(-launched // 8) * 8)
 
 
 def _numbers(pattern: str, text: str) -> list[int]:

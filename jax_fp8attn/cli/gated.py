@@ -311,6 +311,7 @@ def sparse_calls() -> Iterator[Call]:
     tile, outputs of both widths."""
     fp8 = {"group": 64, "scale_dtype": F32}
     bytes32 = {"group": 32, "scale_dtype": jnp.uint8}
+    yield _sparse("FP8 rows, 64 heads, two pools", rows=fp8, extend=64)
     yield _sparse("FP8 rows, 72 heads, a block a tile, float32 output", rows=fp8, heads=72, blocks=0, out_dtype=F32)
     yield _sparse("E8M0 scales per 32, queries too, two pools", rows=bytes32, q=bytes32, extend=64)
     yield _sparse("bf16 rows, FP8 queries, 128 heads, two pools", q=fp8, heads=128, extend=64)

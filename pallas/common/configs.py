@@ -19,6 +19,15 @@ from jax_fp8attn.quantize import Fp8PerGroup
 MULTIPROCESSORS = 132  # of an H100 SXM and an H200: blocks of threads that run at once
 
 
+def registers_fit(consumers: int, registers: tuple[int, int]) -> bool:
+    """Of a consumer's and of the producer's thread, as setmaxnreg sets them. A launch gives all threads as many, in
+    steps of 8; for what the producer does not give back of these, a consumer would wait for ever."""
+    warpgroups, (consumer, producer) = consumers + 1, registers
+    share = 65536 // (128 * warpgroups) // 8 * 8
+    enough = consumers * consumer + producer <= warpgroups * share
+    return enough and producer <= share <= consumer and not any(count % 8 for count in registers)
+
+
 def chosen(op: str, problem: Any, default: Any) -> Any:
     """The measured configuration for the device that work goes to, or ``default``, the heuristic's."""
     return tuning.tuned_config(op, problem, current_device().kind, candidates(op, problem, default)) or default

@@ -16,7 +16,6 @@ import dataclasses
 import functools
 from typing import Any, NamedTuple
 
-import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
@@ -119,16 +118,16 @@ class Gather:
         def emit(_: Any, loaded: Any, scales: Any, target: Any) -> None:
             words, bits = list(loaded.registers.flat), [self._scale_bits(x) for x in scales.registers.flat]
             row, base = _row(), llvm.ptrtoint(_i32(), utils.memref_ptr(target))
-            if self.form.scale_group == 32 and jax.__version_info__ >= (0, 12):
-                row = hopper.emit_anew(row)  # nvJitLink keeps its addresses through the kernel, and spills others
+            if self.form.scale_group == 32:
+                row = hopper.emit_anew(row)  # or assemblers keep its addresses through the kernel, and spill others
             own = arith.addi(base, arith.muli(row, _word(128)))
             for n in range(OWN):
-                if n:
-                    hopper.emit_end_of_block(2 * half + n)  # or more of them would be under way than registers hold
                 mine = words[n * count // OWN : (n + 1) * count // OWN]
                 factors = bits[n * self.held_scales : (n + 1) * self.held_scales]
                 for tile in range(TILES - (half == 1)):
                     number = TILES * half + tile
+                    # or more of them would be under way than registers hold
+                    hopper.emit_end_of_block(32 + OWN * number + n)
                     codes = _dequantised(mine[tile], self._factor(factors, number))
                     place = arith.addi(own, _word(number * TILE + n * PART))
                     _store_pieces(
