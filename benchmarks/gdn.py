@@ -3,9 +3,8 @@
     bf16        ``gdn_prefill``: g and beta in float32, q and k normalised inside, states start from zero
     bf16 pool   ``gdn_prefill_pool``: q, k and v packed, gates computed inside, states in rows of a pool
 
-flash-linear-attention splits what is packed by copies, and gathers and scatters the rows of the pool. Its kernels are
-tuned once for a number of heads, at the first shape that has it, as they are for who calls it in one process. Times are
-sums of its kernels': they are what a replayed CUDA graph takes without the gaps.
+flash-linear-attention tunes most of its kernels once for a number of heads, at the first shape that has it, as for
+anybody who calls it from one process. Its time is the sum of its kernels': that of a CUDA graph without the gaps.
 """
 
 from __future__ import annotations
@@ -67,10 +66,12 @@ def trial(case: Case, folder: Path | None) -> Trial:
     inputs = [_operands(shape, seed) for seed in range(SETS)]
     expected = _expected(shape, inputs[0], in_pool)
     slots = np.asarray(inputs[0].slots)
-    rule = peers.gated_delta_rule(folder)
-    theirs = [_theirs(shape, inputs, in_pool, rule)] if rule else []
+    rule = None if in_pool else peers.gated_delta_rule(folder)
     return Trial(
-        contenders=[*(_ours_in_pool if in_pool else _ours)(shape, inputs), *theirs],
+        contenders=[
+            *(_ours_in_pool if in_pool else _ours)(shape, inputs),
+            *([_fla(shape, inputs, rule)] if rule else []),
+        ],
         sets=SETS,
         bytes=_bytes(shape, inputs[0], in_pool),
         flops=6 * shape["T"] * shape["Hv"] * shape["D"] ** 2,
@@ -80,16 +81,15 @@ def trial(case: Case, folder: Path | None) -> Trial:
 
 
 def prepare(cases: Sequence[Case], folder: Path | None) -> None:
-    """Has flash-linear-attention tune its kernels, alone on the device, once for all cases of the same heads."""
+    """Has flash-linear-attention tune its kernels, alone on the device, for all shapes: while cases are compiled it
+    would time them beside other work."""
     rule = peers.gated_delta_rule(folder)
     if rule is None:
         return
-    first: dict[Any, Case] = {}
-    for case in cases:
-        first.setdefault((case.shape["Hk"], case.shape["Hv"], case.variant), case)
     with peers.tuned_at_once():
-        for case in first.values():
-            _theirs(case.shape, [_operands(case.shape, 0)], case.variant == "bf16 pool", rule).call(0)
+        for case in cases:
+            if case.variant == "bf16":
+                _call_fla(rule, *_any_tensors(case.shape))
 
 
 def _operands(shape: dict[str, int], seed: int) -> _Operands:
@@ -175,37 +175,27 @@ def _ours_in_pool(shape: dict[str, int], inputs: list[_Operands]) -> list[Conten
     return [contender(name) for name in _names("gdn_prefill_pool", problem)]
 
 
-def _theirs(shape: dict[str, int], inputs: list[_Operands], in_pool: bool, rule: Any) -> Contender:
+def _fla(shape: dict[str, int], inputs: list[_Operands], rule: Any) -> Contender:
     """flash-linear-attention on [B, T / B, heads, width]: sequences are equally long."""
+    each = lambda x: peers.to_torch(x.reshape(shape["B"], shape["T"] // shape["B"], *x.shape[1:]))
+    given = [tuple(map(each, _split(shape["Hk"], shape["D"], x))) for x in inputs]
+    return Contender("fla", lambda i: _call_fla(rule, *given[i]), is_peer=True)
+
+
+def _call_fla(rule: Any, *tensors: Any) -> Any:
     import torch
 
-    each = lambda x: peers.to_torch(x.reshape(shape["B"], shape["T"] // shape["B"], *x.shape[1:]))
-    options = {"output_final_state": True, "use_qk_l2norm_in_kernel": True, "state_v_first": True}
-    if not in_pool:
-        given = [tuple(map(each, _split(shape["Hk"], shape["D"], x))) for x in inputs]
+    with torch.no_grad():
+        return rule(*tensors, output_final_state=True, use_qk_l2norm_in_kernel=True, state_v_first=True)
 
-        def call(i: int) -> Any:
-            with torch.no_grad():
-                return rule(*given[i], **options)
 
-        return Contender("fla", call, is_peer=True)
+def _any_tensors(shape: dict[str, int]) -> list[Any]:
+    import torch
 
-    widths = [heads * shape["D"] for heads in (shape["Hk"], shape["Hk"], shape["Hv"])]
-    packed = [tuple(map(each, x[:3])) for x in inputs]
-    gates = [{"A_log": peers.to_torch(x.A_log[0]), "dt_bias": peers.to_torch(x.dt_bias[0])} for x in inputs]
-    pools = [peers.to_torch(jnp.copy(x.pool)) for x in inputs]
-    slots = [peers.to_torch(x.slots).long() for x in inputs]
-    inside = {"use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
-
-    def call_in_pool(i: int) -> Any:
-        qkv, a, b = packed[i]
-        parts = (part.unflatten(-1, (-1, shape["D"])) for part in qkv.split(widths, dim=-1))
-        with torch.no_grad():
-            out, states = rule(*parts, a, b, initial_state=pools[i][slots[i]], **inside, **gates[i], **options)
-            pools[i][slots[i]] = states
-        return out, pools[i]
-
-    return Contender("fla", call_in_pool, is_peer=True)
+    lead, heads, width = (shape["B"], shape["T"] // shape["B"]), (shape["Hk"], shape["Hk"], shape["Hv"]), shape["D"]
+    rows = [torch.randn(*lead, n, width, device="cuda", dtype=torch.bfloat16) for n in heads]
+    gates = [torch.rand(*lead, shape["Hv"], device="cuda") for _ in range(2)]
+    return [*rows, -gates[0], gates[1]]
 
 
 def _bytes(shape: dict[str, int], operands: _Operands, in_pool: bool) -> int:

@@ -192,9 +192,9 @@ def tuned_at_once() -> Iterator[None]:
     quick = functools.partial(triton.testing.do_bench, warmup=5, rep=20)
 
     def ahead(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # a configuration that does not compile is left out when they are timed
-        with contextlib.suppress(Exception), triton.AsyncCompileMode(pool):
-            self.warmup(*args, **kwargs)
+        options = {name: value for name, value in kwargs.items() if name != "warmup"}
+        with triton.AsyncCompileMode(pool, ignore_errors=True):  # what does not compile is left out when timed
+            self.warmup(*args, **options)
         self._do_bench = quick
         self.__dict__.pop("do_bench", None)
         return run(self, *args, **kwargs)

@@ -75,7 +75,7 @@ def trial(case: Case, folder: Path | None) -> Trial:
         contenders=[*(_ours(name, problem, given) for name in names), *_theirs(shape, inputs, peers.flashmla(folder))],
         sets=SETS,
         bytes=_bytes(problem, inputs[0]),
-        flops=4 * WIDTH * problem.heads * _entries(problem),
+        flops=_flops(problem),
         error=lambda contender, result: _error(result, tokens, expected),
         bound=lambda contender: PEER_BOUND if contender.is_peer else BOUND,
     )
@@ -167,6 +167,11 @@ def _pools(arrays: SparseArrays) -> list[SparsePool]:
 
 def _entries(problem: SparseProblem) -> int:
     return problem.prefix.entries + (problem.extend.entries if problem.extend else 0)
+
+
+def _flops(problem: SparseProblem) -> int:
+    """Scores and weighted sums, every entry with all heads."""
+    return 4 * WIDTH * problem.heads * _entries(problem)
 
 
 def _bytes(problem: SparseProblem, operands: _Operands) -> int:

@@ -94,7 +94,7 @@ class TestModels:
     @pytest.mark.parametrize("op", OPS)
     def test_cases(self, op) -> None:
         cases = models.cases(op)
-        assert len({(case.name, case.variant) for case in cases}) == len(cases) > 20
+        assert len({(case.name, case.variant) for case in cases}) == len(cases) > 15
         for case in cases:
             assert case.op == op
             assert {"T", "D"} <= case.shape.keys() <= LETTERS, case
@@ -175,7 +175,7 @@ class TestModels:
         one = {(64, 512, pool), (64, 2048, pool), (128, 512, pool), (128, 1024, pool), (128, 2048, pool)}
         assert {(4096, *size) for size in one | {(64, 512, 1 << 20)}} == timed["one"]
         assert {(4096, heads, 512 + 128, pool) for heads in (8, 16, 32)} <= timed["two"]
-        assert {(4096, 64, 640, 65536), (4096, 128, 1152, 65536)} == timed["positions"]
+        assert {(4096, 64, 640, 65536), (4096, 128, 1152, 65536)} <= timed["positions"]
 
     def test_gdn_rows(self) -> None:
         """Heads, tokens of a sequence, sequences."""
