@@ -95,20 +95,25 @@ def prepare(cases: Sequence[Case], folder: Path | None) -> None:
 def _operands(shape: dict[str, int], seed: int) -> _Operands:
     """Standard normal numbers; gates as models start with them, from heads that remember for 1000 tokens to such that
     forget at once."""
-    tokens, width, heads, sequences = (shape[letter] for letter in ("T", "D", "Hv", "B"))
-    keys = jax.random.split(jax.random.key(seed), 4)
+    tokens, heads, sequences = (shape[letter] for letter in ("T", "Hv", "B"))
     rows = 2 * sequences + 1
-    step = jnp.geomspace(1e-3, 1e-1, heads, dtype=jnp.float32)
-    return _Operands(
-        qkv=jax.random.normal(keys[0], (tokens, (2 * shape["Hk"] + heads) * width), BF16),
-        a=jax.random.normal(keys[1], (tokens, heads), BF16),
-        b=jax.random.normal(keys[2], (tokens, heads), BF16),
-        A_log=jnp.log(jnp.linspace(1.0, 16.0, heads, dtype=jnp.float32))[None],
-        dt_bias=jnp.log(jnp.expm1(step))[None],
-        pool=jax.random.normal(keys[3], (rows, heads, width, width), F32) / width,
-        slots=jnp.asarray(np.random.default_rng(seed).permutation(rows)[:sequences], jnp.int32),
-        offsets=jnp.arange(sequences + 1, dtype=jnp.int32) * (tokens // sequences),
-    )
+    qkv, a, b, pool = _drawn(tokens, shape["Hk"], heads, shape["D"], rows, jax.random.key(seed))
+    step = np.geomspace(1e-3, 1e-1, heads)
+    per_head = (np.log(np.linspace(1.0, 16.0, heads)), np.log(np.expm1(step)))
+    slots = np.random.default_rng(seed).permutation(rows)[:sequences].astype(np.int32)
+    offsets = np.arange(sequences + 1, dtype=np.int32) * np.int32(tokens // sequences)
+    A_log, dt_bias = (jnp.asarray(x[None], F32) for x in per_head)
+    return _Operands(qkv, a, b, A_log, dt_bias, pool, jnp.asarray(slots), jnp.asarray(offsets))
+
+
+@functools.partial(jax.jit, static_argnums=range(5))
+def _drawn(tokens: int, k_heads: int, heads: int, width: int, rows: int, key: jax.Array) -> tuple[jax.Array, ...]:
+    """qkv, a, b and a pool of states."""
+    keys = jax.random.split(key)
+    columns = (2 * k_heads + heads) * width
+    inputs = jax.random.normal(keys[0], (tokens, columns + 2 * heads), BF16)
+    qkv, a, b = jnp.split(inputs, (columns, columns + heads), axis=1)
+    return qkv, a, b, jax.random.normal(keys[1], (rows, heads, width, width), F32) / width
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

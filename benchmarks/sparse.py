@@ -130,17 +130,23 @@ def _gathered(matrix: np.ndarray) -> np.ndarray:
     return np.take_along_axis(matrix, order, axis=1)[:, :longest].astype(np.int32)
 
 
-def _operands(shape: dict[str, int], stored: dict[str, Any] | None, seed: int) -> _Operands:
+def _operands(shape: dict[str, int], form: dict[str, Any] | None, seed: int) -> _Operands:
     """Standard normal numbers."""
-    keys = jax.random.split(jax.random.key(seed), 3)
     listed = lists(shape, seed)
-    store = (lambda x: x) if stored is None else jax.jit(functools.partial(quantize_latent, **stored))
-    normal = lambda n, *size: jax.random.normal(keys[n], (*size, WIDTH), jnp.bfloat16)
-    prefix = _pool(store(normal(0, shape["P"])), listed.prefix)
-    extend = _pool(store(normal(1, shape["S"])), listed.extend) if "S" in shape else None
-    sink = jnp.linspace(-1.0, 3.0, shape["H"], dtype=jnp.float32)[None]
-    arrays = SparseArrays(normal(2, shape["T"], shape["H"]), prefix, extend, jnp.full(1, SCALE, jnp.float32), sink)
-    return _Operands(arrays, listed)
+    counts = (shape["P"], shape.get("S", 0))
+    q, prefix, extend = _drawn(shape["T"], shape["H"], counts, tuple((form or {}).items()), jax.random.key(seed))
+    sink = jnp.asarray(np.linspace(-1.0, 3.0, shape["H"], dtype=np.float32)[None])
+    pools = _pool(prefix, listed.prefix), _pool(extend, listed.extend) if "S" in shape else None
+    return _Operands(SparseArrays(q, *pools, jnp.asarray([SCALE], jnp.float32), sink), listed)
+
+
+@functools.partial(jax.jit, static_argnums=range(4))
+def _drawn(tokens: int, heads: int, counts: tuple[int, int], form: tuple[Any, ...], key: jax.Array) -> tuple[Any, ...]:
+    """Queries, and the rows of both pools."""
+    drawn = jax.random.normal(key, (sum(counts) + tokens * heads, WIDTH), jnp.bfloat16)
+    *rows, q = jnp.split(drawn, (counts[0], sum(counts)))
+    stored = [quantize_latent(x, **dict(form)) if form else x for x in rows]
+    return q.reshape(tokens, heads, WIDTH), *stored
 
 
 def _pool(rows: Any, matrix: np.ndarray) -> SparsePool:
@@ -201,18 +207,19 @@ def _checked_tokens(tokens: int) -> np.ndarray:
 
 def _expected(operands: _Operands, tokens: np.ndarray) -> np.ndarray:
     """float32 [tokens, H, 512]."""
-    arrays = operands.arrays
     picked = [matrix[tokens] for matrix in operands.lists if matrix is not None]
-    rows = [
-        jax.tree.map(lambda x, m=m: x[np.maximum(m, 0)], pool.rows)
-        for pool, m in zip(_pools(arrays), picked, strict=True)
-    ]
-    rows = jnp.concatenate([_float32(x) for x in rows], axis=1)
+    arrays = operands.arrays
+    rows = _gather([pool.rows for pool in _pools(arrays)], [np.maximum(x, 0) for x in picked])
     return np.asarray(_attention(arrays.q[tokens], rows, np.concatenate(picked, axis=1) >= 0, arrays.sink[0]))
 
 
-def _float32(rows: Any) -> jax.Array:
-    return dequantize_latent(rows) if isinstance(rows, Fp8Latent) else rows.astype(jnp.float32)
+@jax.jit
+def _gather(pools: list[Any], indices: list[jax.Array]) -> jax.Array:
+    """float32 [n, k, 512]: the rows of all pools, side by side."""
+    taken = [jax.tree.map(lambda x, i=i: x[i], rows) for rows, i in zip(pools, indices, strict=True)]
+    return jnp.concatenate(
+        [dequantize_latent(x) if isinstance(x, Fp8Latent) else x.astype(jnp.float32) for x in taken], axis=1
+    )
 
 
 @jax.jit

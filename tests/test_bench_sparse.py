@@ -49,17 +49,21 @@ class TestGate:
     def test_faults(self) -> None:
         made = with_the_oracle("positions")
         (contender,) = made.contenders
-        right, bound = contender.call(0), made.bound(contender)
+        right, bound = np.asarray(contender.call(0)), made.bound(contender)
         assert bound < made.bound(dataclasses.replace(contender, is_peer=True)) <= 0.01
         last = np.max(sparse._checked_tokens(12))
-        for wrong in (
-            right[:, ::-1],  # heads in another order
-            right.at[last, 1].set(0),
-            right.at[last, 2].multiply(1.02),
-            right.at[:, 0, 7].set(jnp.nan),
-            jnp.where(jnp.arange(12)[:, None, None] == 5, jnp.inf, right),
-        ):
-            assert made.error(contender, wrong) > bound
+        one = lambda where, value: [where, np.asarray(value, right.dtype)]
+        faults = [
+            one(np.s_[:], right[:, ::-1]),  # heads in another order
+            one((last, 1), 0),
+            one((last, 2), 1.02 * right[last, 2]),
+            one(np.s_[:, 0, 7], np.nan),
+            one(5, np.inf),
+        ]
+        for where, value in faults:
+            wrong = right.copy()
+            wrong[where] = value
+            assert made.error(contender, jnp.asarray(wrong)) > bound
 
     @pytest.mark.parametrize("fault", ["last row", "sink", "scale", "extend"])
     def test_a_kernel_with_a_fault(self, fault, monkeypatch) -> None:
