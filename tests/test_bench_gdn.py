@@ -190,6 +190,36 @@ class TestPeers:
         assert log[0] == "tuning" and len(log) == 1 + sum(case.variant == "bf16" for case in cases)
         assert log[1] == [(1, 8192, 2, 128), (1, 8192, 2, 128), (1, 8192, 8, 128), (1, 8192, 8), (1, 8192, 8)]
 
+    def test_configurations_are_compiled_ahead(self, monkeypatch) -> None:
+        """All of them before one is timed, as a launch without the flag that says it is one; Triton is itself after."""
+        log = []
+
+        class Autotuner:
+            do_bench = None
+
+            def warmup(self, *args, **options):
+                log.append(("warmup", args, options))
+
+            def run(self, *args, **options):
+                log.append(("run", args, options, self._do_bench.keywords))
+
+        run = Autotuner.run
+        mode = lambda pool, ignore_errors: contextlib.nullcontext(log.append(("mode", ignore_errors)))
+        triton = types.ModuleType("triton")
+        triton.AsyncCompileMode, triton.testing = mode, types.SimpleNamespace(do_bench=print)
+        modules = {"triton": triton, "triton.runtime": types.ModuleType("triton.runtime")}
+        modules["triton.runtime.autotuner"] = types.SimpleNamespace(Autotuner=Autotuner)
+        for name, module in modules.items():
+            monkeypatch.setitem(sys.modules, name, module)
+        with peers.tuned_at_once():
+            Autotuner().run(1, grid=(2,), warmup=False)
+        assert log == [
+            ("mode", True),
+            ("warmup", (1,), {"grid": (2,)}),
+            ("run", (1,), {"grid": (2,), "warmup": False}, {"warmup": 5, "rep": 20}),
+        ]
+        assert Autotuner.run is run
+
     def test_tree_is_found(self, tmp_path, monkeypatch) -> None:
         monkeypatch.setattr(sys, "path", list(sys.path))
         assert peers.gated_delta_rule(None) is None and peers.gated_delta_rule(tmp_path / "empty") is None
