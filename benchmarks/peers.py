@@ -176,8 +176,8 @@ def _gated_delta_rule(folder: Path | None) -> Callable[..., Any] | None:
     if not trees:
         return None
     for package in (trees[0].parents[3], *(x.parent.parent for x in sorted(folder.rglob("einops/__init__.py"))[:1])):
-        if str(package) not in sys.path:
-            sys.path.append(str(package))
+        if str(package.resolve()) not in sys.path:
+            sys.path.append(str(package.resolve()))
     return importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
 
 
