@@ -7,7 +7,8 @@ sequence), and all sequences of a case are equally long, those of a mix apart:
     mla_prefill         T query tokens, S key tokens, H heads; widths 192 and 128, D the width of the values; with mix,
                         a number, sequences of the lengths ``mix(number)``
     sparse_prefill      T query tokens, H heads, topk rows a token; P rows in the prefix pool. With S, the last
-                        ``WINDOW`` of the topk rows lie in the extend pool of S rows
+                        ``WINDOW`` of the topk rows lie in the extend pool of S rows, the chunk's own. With C, the T
+                        tokens are those of B requests of C earlier tokens each, and lists follow from positions
     gdn_prefill         T tokens, Hk heads of q and k, Hv heads of v, D width
 """
 
@@ -181,68 +182,64 @@ def _mla_mix(number: int, heads: int, variant: str) -> Case:
     return Case("mla_prefill", name, shape, variant)
 
 
-_V4_RANKS = (
-    (DEEPSEEK_V4_FLASH, 1),
-    (DEEPSEEK_V4_FLASH, 8),
-    (DEEPSEEK_V4_PRO, 1),
-    (DEEPSEEK_V4_PRO, 4),
-    (DEEPSEEK_V4_PRO, 8),
+# heads, rows a token, pool rows: one pool, as FlashMLA's own benchmark has it
+_ONE_POOL = (
+    *((*size, 32768) for size in ((64, 512), (64, 2048), (128, 512), (128, 1024), (128, 2048))),
+    (64, 512, 1 << 20),
 )
-# heads, rows a token, pool rows: the shapes of FlashMLA's own benchmark, one pool
-_FLASHMLA = (
-    *((64, 512, pool) for pool in (8192, 16384, 32768, 65536)),
-    *((128, 1024, pool) for pool in (8192, 16384, 32768, 65536)),
-    (128, 512, 32768),
-    (64, 2048, 32768),
-    (128, 2048, 32768),
-)
+_BF16_ROWS = ((64, 512, 32768), (64, 2048, 32768), (128, 512, 32768), (128, 2048, 32768))
+_EARLIER = 8192  # tokens of a request before its second chunk
 
 
 def _sparse() -> tuple[Case, ...]:
-    every = [
-        _v4_case(model, tp, "CSA", model.topk + WINDOW, tokens, 65536)
-        for tokens in (4096, 8192)
-        for model, tp in _V4_RANKS
-    ]
-    every += [_v4_case(DEEPSEEK_V4_PRO, 1, "CSA", 1152, 4096, pool) for pool in (8192, 1048576)]
-    every.append(_v4_case(DEEPSEEK_V4_FLASH, 1, "window", WINDOW, 4096, 8192))
-    every.append(_v4_case(DEEPSEEK_V4_PRO, 1, "HCA", 1024 + WINDOW, 4096, 1024))  # all rows of a context of 131072
-    every += [
-        (f"H={heads} top-{topk}, T=4096 P={pool}", {"T": 4096, "H": heads, "D": 512, "topk": topk, "P": pool})
-        for heads, topk, pool in _FLASHMLA
-    ]
-    return tuple(Case("sparse_prefill", *named, variant) for named in every for variant in ("exact", "fp8"))
+    flash, pro = DEEPSEEK_V4_FLASH, DEEPSEEK_V4_PRO
+    every = [(*_one_pool(*size), "exact") for size in _ONE_POOL]
+    every += [(*_v4(flash, tp, "CSA", flash.topk, 32768), "exact") for tp in (4, 8, 2)]
+    every += [(*_v4_second_chunk(model, "CSA", model.topk, 65536), "exact") for model in (flash, pro)]
+    every += [(*_one_pool(*size), "exact bf16 rows") for size in _BF16_ROWS]
+    every += [(*_one_pool(*size), "exact byte scales") for size in _BF16_ROWS[:1]]
+    every += [(*_v4(pro, tp, "CSA", pro.topk, 65536), "exact") for tp in (4, 8)]
+    every.append((*_v4_second_chunk(flash, "window", 0, 8192), "exact"))
+    every.append((*_v4(pro, 1, "HCA", 1024, 1024), "exact"))  # all compressed rows of a context of 131072
+    return tuple(Case("sparse_prefill", *case) for case in every)
 
 
-def _v4_case(model: Model, tp: int, layer: str, rows: int, tokens: int, pool: int) -> tuple[str, dict[str, int]]:
-    shape = {"T": tokens, "S": tokens, **heads_per_rank(model, tp), "D": 512, "topk": rows, "P": pool}
-    return f"{model.name} TP{tp} {layer}, T={tokens} P={pool}", shape
+def _one_pool(heads: int, rows: int, pool: int) -> tuple[str, dict[str, int]]:
+    return f"H={heads} top-{rows}, T=4096 P={pool}", {"T": 4096, "H": heads, "D": 512, "topk": rows, "P": pool}
 
 
-_GDN_HEADS = ((2, 8), (4, 16), (8, 32), (16, 64), (16, 32), (16, 48))
-_GDN_LENGTHS = ((8192, 1), (32768, 1), (65536, 1), (131072, 1), (1024, 8), (4096, 8))  # tokens, sequences
-_GDN_MORE = (
-    (16, 32, 2048, 4),
-    (16, 32, 1024, 4),
-    (2, 8, 4096, 2),
-    (2, 8, 2048, 4),
+def _v4(model: Model, tp: int, layer: str, selected: int, pool: int) -> tuple[str, dict[str, int]]:
+    shape = {"T": 4096, "S": 4096, **heads_per_rank(model, tp), "D": 512, "topk": selected + WINDOW, "P": pool}
+    return f"{model.name} TP{tp} {layer}, T=4096 P={pool}", shape
+
+
+def _v4_second_chunk(model: Model, layer: str, selected: int, pool: int) -> tuple[str, dict[str, int]]:
+    _, shape = _v4(model, 1, layer, selected, pool)
+    return f"{model.name} TP1 {layer}, 2 x T=2048 after {_EARLIER}", shape | {"B": 2, "C": _EARLIER}
+
+
+# heads of q and k, heads of v, tokens, sequences
+_GDN_SIZES = (
+    *((2, 8, tokens, 1) for tokens in (8192, 32768, 131072)),
+    *((4, 16, tokens, 1) for tokens in (8192, 32768)),
+    *((16, 32, tokens, 1) for tokens in (8192, 32768)),
     (16, 64, 8192, 4),
-    (16, 48, 8192, 4),
-    (8, 24, 8192, 1),
+    (2, 8, 8192, 20),
+    (4, 16, 1024, 32),
 )
+_GDN_POOL = ((2, 8, 8192, 1), (16, 32, 32768, 1), (16, 64, 8192, 4))
+_GDN_MORE = ((16, 64, 8192, 1), (4, 16, 131072, 1), (16, 32, 1024, 8), (16, 32, 2048, 4), (2, 8, 2048, 4))
 
 
 def _gdn() -> tuple[Case, ...]:
-    every = [(*heads, *size) for heads in _GDN_HEADS for size in _GDN_LENGTHS]
-    return tuple(
-        Case(
-            "gdn_prefill",
-            f"{ranks(GDN_MODELS, Hk=k_heads, Hv=v_heads)}, {sequences} x {tokens}",
-            {"B": sequences, "T": sequences * tokens, "Hk": k_heads, "Hv": v_heads, "D": 128},
-            "bf16",
-        )
-        for k_heads, v_heads, tokens, sequences in (*every, *_GDN_MORE)
-    )
+    variants = (("bf16", _GDN_SIZES), ("bf16 pool", _GDN_POOL), ("bf16", _GDN_MORE))
+    return tuple(_gdn_case(*size, variant) for variant, sizes in variants for size in sizes)
+
+
+def _gdn_case(k_heads: int, v_heads: int, tokens: int, sequences: int, variant: str) -> Case:
+    shape = {"B": sequences, "T": sequences * tokens, "Hk": k_heads, "Hv": v_heads, "D": 128}
+    name = f"{ranks(GDN_MODELS, Hk=k_heads, Hv=v_heads)}, {sequences} x {tokens}"
+    return Case("gdn_prefill", name, shape, variant)
 
 
 _CASES = {"merge_attn_states": _merge, "mla_prefill": _mla, "sparse_prefill": _sparse, "gdn_prefill": _gdn}

@@ -6,6 +6,8 @@ compressed with xz). A peer whose files are missing is left out.
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import functools
 import importlib.util
 import lzma
@@ -13,7 +15,7 @@ import sys
 import tempfile
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ FA3_DEFAULTS = {
     "window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "is_rotary_interleaved": True,
     "sm_margin": 0, "cp_world_size": 1, "cp_rank": 0,
 }  # fmt: skip
+FLASHMLA_LIBRARY, FLASHMLA_INTERFACE = "_flashmla_C.abi3.so", "flash_mla_interface.py"  # both as vLLM ships them
 
 
 def find(folder: Path, name: str) -> Path | None:
@@ -59,7 +62,7 @@ def _merges(folder: Path | None) -> dict[str, Callable[..., None]]:
     if folder is None:
         return found
     if file := find(folder, VLLM_TRITON_MERGE):
-        triton_merge = _vllm_module(file).merge_attn_states
+        triton_merge = _vllm_module(file, _merge_stubs()).merge_attn_states
         found["vllm triton"] = lambda out, a, la, b, lb, scale, out_lse=None: triton_merge(
             out, a, la, b, lb, output_lse=out_lse, output_scale=scale
         )
@@ -142,8 +145,69 @@ def _by_schema(operator: Any, given: dict[str, Any]) -> list[Any]:
     return values
 
 
-def _vllm_module(file: Path) -> Any:
-    """One file of vLLM without vLLM: the two modules that it imports are stood in for."""
+def flashmla(folder: Path | None) -> Any:
+    """FlashMLA's Python module, or None. It takes 64 or 128 heads and lists of a multiple of 128 rows."""
+    with _loading:
+        return _flashmla(folder)
+
+
+@functools.cache
+def _flashmla(folder: Path | None) -> Any:
+    if folder is None:
+        return None
+    library, interface = find(folder, FLASHMLA_LIBRARY), find(folder, FLASHMLA_INTERFACE)
+    if library is None or interface is None:
+        return None
+    import torch
+
+    torch.ops.load_library(str(library))
+    return _vllm_module(interface, {"_flashmla_C": types.ModuleType("vllm._flashmla_C")})
+
+
+def gated_delta_rule(folder: Path | None) -> Callable[..., Any] | None:
+    """``chunk_gated_delta_rule`` of flash-linear-attention, or None: the unpacked wheels fla_core and einops."""
+    with _loading:
+        return _gated_delta_rule(folder)
+
+
+@functools.cache
+def _gated_delta_rule(folder: Path | None) -> Callable[..., Any] | None:
+    trees = [] if folder is None else sorted(folder.rglob("fla/ops/gated_delta_rule/__init__.py"))
+    if not trees:
+        return None
+    for package in (trees[0].parents[3], *(x.parent.parent for x in sorted(folder.rglob("einops/__init__.py"))[:1])):
+        if str(package.resolve()) not in sys.path:
+            sys.path.append(str(package.resolve()))
+    return importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
+
+
+@contextlib.contextmanager
+def tuned_at_once() -> Iterator[None]:
+    """Inside, Triton's autotuners compile all their configurations side by side before they time them, and time each
+    for 20 ms: one after the other, those of one shape of heads take a minute."""
+    import triton
+    from triton.runtime.autotuner import Autotuner
+
+    run = Autotuner.run
+    quick = functools.partial(triton.testing.do_bench, warmup=5, rep=20)
+
+    def ahead(self: Any, *args: Any, **kwargs: Any) -> Any:
+        options = {name: value for name, value in kwargs.items() if name != "warmup"}
+        with triton.AsyncCompileMode(pool, ignore_errors=True):  # what does not compile is left out when timed
+            self.warmup(*args, **options)
+        self._do_bench = quick
+        self.__dict__.pop("do_bench", None)
+        return run(self, *args, **kwargs)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        Autotuner.run = ahead
+        try:
+            yield
+        finally:
+            Autotuner.run = run
+
+
+def _merge_stubs() -> dict[str, types.ModuleType]:
     import torch
     import triton
     import triton.language
@@ -151,8 +215,15 @@ def _vllm_module(file: Path) -> Any:
     platforms, utils = types.ModuleType("vllm.platforms"), types.ModuleType("vllm.triton_utils")
     platforms.current_platform = types.SimpleNamespace(fp8_dtype=lambda: torch.float8_e4m3fn)
     utils.tl, utils.triton = triton.language, triton
-    sys.modules.setdefault("vllm", types.ModuleType("vllm"))
-    sys.modules.update({"vllm.platforms": platforms, "vllm.triton_utils": utils})
+    return {"platforms": platforms, "triton_utils": utils}
+
+
+def _vllm_module(file: Path, stubs: dict[str, types.ModuleType]) -> Any:
+    """One file of vLLM without vLLM: the modules that it imports are stood in for."""
+    vllm = sys.modules.setdefault("vllm", types.ModuleType("vllm"))
+    for name, stub in stubs.items():
+        setattr(vllm, name, stub)
+        sys.modules[f"vllm.{name}"] = stub
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[file.stem] = module

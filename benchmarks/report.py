@@ -39,12 +39,16 @@ HEADLINES = (
     ("merge_attn_states", "DeepSeek-V3 TP8, Kimi-K2 TP4, DeepSeek-V2-Lite TP1, T=4096", "fp8_tensor"),
     ("merge_attn_states", "DeepSeek-V3 TP1, T=4096", "fp8_tensor"),
     ("merge_attn_states", "DeepSeek-V3 TP1, T=4096", "bf16"),
-    ("sparse_prefill", "DeepSeek-V4-Flash TP1 CSA, T=4096 P=65536", "fp8"),
-    ("sparse_prefill", "DeepSeek-V4-Pro TP1 CSA, T=4096 P=65536", "fp8"),
-    ("sparse_prefill", "DeepSeek-V4-Pro TP8 CSA, T=4096 P=65536", "fp8"),
+    ("sparse_prefill", "H=64 top-512, T=4096 P=32768", "exact"),
+    ("sparse_prefill", "H=128 top-2048, T=4096 P=32768", "exact"),
+    ("sparse_prefill", "DeepSeek-V4-Flash TP1 CSA, 2 x T=2048 after 8192", "exact"),
+    ("sparse_prefill", "DeepSeek-V4-Pro TP1 CSA, 2 x T=2048 after 8192", "exact"),
+    ("sparse_prefill", "DeepSeek-V4-Flash TP4 CSA, T=4096 P=32768", "exact"),
     ("gdn_prefill", "Qwen3.5-397B TP8, 1 x 8192", "bf16"),
     ("gdn_prefill", "Qwen3.5-397B TP8, 1 x 131072", "bf16"),
-    ("gdn_prefill", "Qwen3-Next TP1, 8 x 1024", "bf16"),
+    ("gdn_prefill", "Qwen3-Next TP1, 1 x 8192", "bf16"),
+    ("gdn_prefill", "Qwen3.5-397B TP1, 4 x 8192", "bf16"),
+    ("gdn_prefill", "Qwen3.5-397B TP8, 1 x 8192", "bf16 pool"),
 )
 
 

@@ -8,6 +8,10 @@ from typing import Any
 
 from jax_fp8attn.benchmarks.timing import Contender
 
+from jax_fp8attn import dispatch
+
+UNMEASURED = "not measured on a GPU yet"
+
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
@@ -19,3 +23,10 @@ class Trial:
     flops: int
     error: Callable[[Contender, Any], float]  # of what a contender returned for the first set of inputs
     bound: Callable[[Contender], float]
+
+
+def offered(op: str, problem: Any) -> list[str]:
+    """What ``explain`` offers, oracles apart; a kernel, too, against which nothing speaks but that it was never
+    measured."""
+    rows = dispatch.explain_problem(op, problem).rows
+    return [row.name for row in rows if row.name != "reference" and set(row.reasons) <= {UNMEASURED}]

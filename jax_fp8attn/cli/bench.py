@@ -20,7 +20,7 @@ import jax
 from jax_fp8attn.cli import env
 from jax_fp8attn.cli.show import Progress
 
-OPS = {"merge_attn_states": "merge", "mla_prefill": "mla"}
+OPS = {"merge_attn_states": "merge", "mla_prefill": "mla", "sparse_prefill": "sparse", "gdn_prefill": "gdn"}
 """Op: its module in jax_fp8attn.benchmarks."""
 
 AT_ONCE = 8  # cases that are compiled together, then timed one after the other
@@ -76,6 +76,9 @@ def _rows(op: str, options: argparse.Namespace) -> Iterator[tuple[Any, str]]:
     module = importlib.import_module(f"jax_fp8attn.benchmarks.{OPS[op]}")
     cases = [case for case in models.cases(op) if options.only in f"{case.name} {case.variant}"]
     progress = Progress()
+    if hasattr(module, "prepare"):
+        progress(f"{op}: preparing")
+        module.prepare(cases, options.peers)
     with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
         for first in range(0, len(cases), AT_ONCE):
             progress(f"{op} {first + 1} of {len(cases)}: compiling")
