@@ -5,8 +5,8 @@ counted from its first key, so that a sequence is computed alike wherever it sta
 
 FP8: Hopper's products keep about 13 bits of their sum: each block of keys gets a sum of its own, and the blocks are
 added in float32. A consumer computes beside its own products: half of the exponentials of a block beside the scores of
-the next one, for which the exponents are put out of the way of the scores; its largest score beside the products with
-the values of the block before. V comes transposed and without NaN, with a list of where they were. Where few tiles meet
+the next one, for which the exponents are put out of the way of the scores (without a producer, all behind the values
+of the block before); its largest score beside the products with the values of the block before. V comes transposed and without NaN, with a list of where they were. Where few tiles meet
 many keys, the blocks of keys that a tile sees are split over several tiles of the list, each with float32 rows of its
 own, and the kernel of ``merge_attn_states`` makes the result of them.
 
@@ -108,6 +108,8 @@ class MlaConfig:
                producer
     splits     of the keys that a tile sees, each a tile of its own; the results are merged. 1: none, as in bf16
     format     of the operands
+    late       in FP8 alone: half of a block's exponentials are computed beside the next block's scores. Takes a producer
+               and its registers to pay
 
     In bf16 alone:
 
@@ -125,6 +127,7 @@ class MlaConfig:
     blocks: int = 0
     splits: int = 1
     format: Format = FP8
+    late: bool = True
     keys: int = KEYS
     turn: str = "done"
     tail: int = 0
@@ -175,7 +178,8 @@ def default_config(problem: MlaProblem) -> MlaConfig:
         whole = not producer and problem.state_dtype == np.float32  # splits of it would spill registers
         splits = 1 if whole else _best_splits(problem)
         several = producer and splits == 1 and _few_addresses(problem)
-        return MlaConfig(producer=producer, blocks=configs.MULTIPROCESSORS if several else 0, splits=splits)
+        blocks = configs.MULTIPROCESSORS if several else 0
+        return MlaConfig(producer=producer, blocks=blocks, splits=splits, late=producer)
     out_dtype = None if problem.output_quant is not None else problem.out_dtype
     keys = 112 if np.float32 in (problem.state_dtype, out_dtype) else 128
     return MlaConfig(producer=producer, format=BF16, keys=keys, turn="issued", beside=64, parted=True)
@@ -918,7 +922,8 @@ class _Kernel:
             plgpu.layout_cast(jnp.zeros((ROWS, VALUES), jnp.float32), hopper.ACCUMULATOR),
             full_row(-jnp.inf, ROWS), hopper.no_sum(ROWS), full_row(0.0, ROWS),
         )  # fmt: skip
-        softmax = self._halved if prepared else self._probabilities
+        halves = prepared and config.late
+        softmax = self._halved if halves else self._probabilities
         carry = softmax(*self._scaled(tile, exponent, s, state, local, 0), state, local)
         if cleaner:
             plgpu.barrier_wait(smem.v_there.at[slot])
@@ -936,7 +941,8 @@ class _Kernel:
 
         def step(tile: _Tile, local: Any = None) -> Callable[[Any, Any], Any]:
             if prepared:
-                return lambda number, carry: self._step(tile, products, exponent, refill, local, number, carry)
+                one = self._late_step if halves else self._step
+                return lambda number, carry: one(tile, products, exponent, refill, local, number, carry)
             own = None if local is None else cleaner
             return lambda number, carry: self._wide_step(tile, products, exponent, refill, own, local, number, carry)
 
@@ -944,7 +950,7 @@ class _Kernel:
         carry = lax.fori_loop(1, whole, step(tile), carry)
         tile = self._again(gmem, smem, tile)
         carry = lax.fori_loop(whole, tile.blocks, step(tile, local), carry)
-        p, state = self._whole_operand(*carry) if prepared else carry
+        p, state = self._whole_operand(*carry) if halves else carry
         self._end(gmem, products, cleaner, tile, p, state, results)
         if not config.producer and self.interpret is not None:  # which wants every release to be seen
             pl.when(warpgroup == 0)(lambda: self._see_refills(smem, tile))
@@ -1042,10 +1048,11 @@ class _Kernel:
     def _probabilities(
         self, pieces: list[Any], factor: Any, top: Any, state: _Softmax, local: Any
     ) -> tuple[Any, _Softmax]:
-        """All of a block as an operand, in bf16."""
+        """All of a block as an operand."""
+        lift = self.config.format.lift
         anchor = top if local is None else jnp.where(top == -jnp.inf, 0.0, top)
         shrink = jnp.exp2(state.top - anchor)
-        pieces = [jnp.exp2(piece * factor - spread(anchor, piece)) for piece in pieces]
+        pieces = [jnp.exp2(piece * factor - spread(anchor - lift, piece)) for piece in pieces]
         total = state.total * spread(shrink, state.total) + hopper.partial_sum(pieces)
         return self._as_operand(pieces, state._replace(top=top, total=total, shrink=shrink))
 
@@ -1067,11 +1074,12 @@ class _Kernel:
         return self._as_operand([*pieces[:early], *rest], _Softmax(out, top, total, shrink))
 
     def _as_operand(self, pieces: list[Any], state: _Softmax) -> tuple[Any, _Softmax]:
-        return hopper.as_operand(pieces, BF16.dtype, self.interpret is not None), self._shrunk(state)
+        operand = hopper.as_operand(pieces, self.config.format.dtype, self.interpret is not None)
+        return operand, state if self.config.format.prepared else self._shrunk(state)
 
     def _split(self, s: Any) -> list[Any]:
         keys, piece = self.config.keys, self.config.piece
-        if self.config.format.prepared:
+        if self.config.format.prepared and self.config.late:
             piece = keys // 2
         elif keys & (keys - 1) == 0 and self.config.beside in (0, keys):
             return [s]
@@ -1089,6 +1097,23 @@ class _Kernel:
         return pieces
 
     def _step(
+        self, tile: _Tile, products: _Products, exponent: Any, refill: Any, local: Any, number: Any, carry: Any
+    ) -> tuple[Any, _Softmax]:
+        """Scores of block ``number``, values of the block before, probabilities of this one."""
+        operand, state = carry
+        slot, before = (tile.slot(n, self.config.stages) for n in (number, number - 1))
+        plgpu.barrier_wait(products.smem.v_there.at[before])
+        plgpu.barrier_wait(products.smem.k_there.at[slot])
+        scores, weighed = products.start_scores(slot), products.start_values(operand, before)
+        refill(number)
+        scores = products.scores(scores, slot, younger=1)
+        scaled = self._scaled(tile, exponent, scores, state, local, number)
+        if local is None:
+            products.end_of_block()  # the maximum is found beside the products with the values
+        weighed = products.weighed(weighed, before)
+        return self._probabilities(*scaled, state._replace(out=self._sum(state, weighed)), local)
+
+    def _late_step(
         self, tile: _Tile, products: _Products, exponent: Any, refill: Any, local: Any, number: Any, carry: Any
     ) -> tuple[Any, Any, _Softmax]:
         """Scores of block ``number`` and the rest of the exponentials of the block before; its values and the largest
@@ -1110,7 +1135,7 @@ class _Kernel:
         self, tile: _Tile, products: _Products, exponent: Any, refill: Any, cleaner: _Cleaner | None, local: Any,
         number: Any, carry: Any,
     ) -> tuple[Any, _Softmax]:  # fmt: skip
-        """The same in bf16."""
+        """``_step`` in bf16."""
         operand, state = carry
         smem, config = products.smem, self.config
         slot, before = (tile.slot(n, config.stages) for n in (number, number - 1))

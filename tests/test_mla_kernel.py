@@ -335,9 +335,10 @@ class TestInterpreted:
     @pytest.mark.parametrize(
         ("queries", "keys", "cut"),
         [
-            ((140,), (700,), {"producer": False}),
+            ((140,), (700,), {"producer": False, "late": False}),
             ((140,), (300,), {"stages": 3}),
             ((9,), (9,), {"producer": False}),
+            ((9,), (300,), {"late": False}),
         ],
     )
     def test_other_cuts(self, queries: tuple[int, ...], keys: tuple[int, ...], cut: dict[str, Any]) -> None:
@@ -616,7 +617,7 @@ class TestHardware:
             (case(STRESS), {}),
             (case(STRESS, tuple(reversed(STRESS)), pair=True, out_dtype=BF16), {}),
             (case(STRESS, tuple(reversed(STRESS)), causal=False), {"stages": 3}),
-            (case((40, 130), (300, 10), causal=False, dtype=BF16), {"producer": False}),
+            (case((40, 130), (300, 10), causal=False, dtype=BF16), {"producer": False, "late": False}),
             (case((20, 300), dtype=F32, before=0, out_dtype=np.dtype(np.float16)), {}),
             (case((200, 0, 33), (70, 5, 400), output_quant=PER_TENSOR), {}),
             (case((200, 0, 33), (70, 5, 400), output_quant=Fp8PerGroup.row_major(64)), {}),

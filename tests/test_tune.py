@@ -367,7 +367,7 @@ class TestCandidates:
         found = configs.candidates("mla_prefill", PROBLEM, DEFAULT)
         assert found[0] is DEFAULT and len(set(found)) == len(found) >= 6
         assert {config.producer for config in found} == {True, False} and {config.stages for config in found} == {2, 3}
-        plain = configs.candidates("mla_prefill", PROBLEM, MlaConfig(producer=False))
+        plain = configs.candidates("mla_prefill", PROBLEM, MlaConfig(producer=False, late=False))
         assert len(plain) == 2 and not any(config.producer for config in plain)
 
     @pytest.mark.parametrize("dtype", [BF16, np.dtype(np.float32)])

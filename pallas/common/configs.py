@@ -53,7 +53,7 @@ def _mla(problem: MlaProblem, default: Any) -> Iterable[dict[str, Any]]:
     if default.producer:
         for stages, registers, blocks in itertools.product((2, 3), ((240, 24), (232, 40)), (0, MULTIPROCESSORS)):
             yield {"stages": stages, "producer": True, "registers": registers, "blocks": blocks}
-    yield from ({"stages": stages, "producer": False, "blocks": 0} for stages in (2, 3))
+    yield from ({"stages": stages, "producer": False, "blocks": 0, "late": False} for stages in (2, 3))
 
 
 def _merge(problem: MergeProblem, default: Any) -> Iterable[dict[str, Any]]:
