@@ -5,10 +5,11 @@ counted from its first key, so that a sequence is computed alike wherever it sta
 
 FP8: Hopper's products keep about 13 bits of their sum: each block of keys gets a sum of its own, and the blocks are
 added in float32. A consumer computes beside its own products: half of the exponentials of a block beside the scores of
-the next one, for which the exponents are put out of the way of the scores (without a producer, all behind the values
-of the block before); its largest score beside the products with the values of the block before. V comes transposed and without NaN, with a list of where they were. Where few tiles meet
-many keys, the blocks of keys that a tile sees are split over several tiles of the list, each with float32 rows of its
-own, and the kernel of ``merge_attn_states`` makes the result of them.
+the next one, for which the exponents are put out of the way of the scores (without a producer, all behind the values of
+the block before); its largest score beside the products with the values of the block before. V comes transposed and
+without NaN, with a list of where they were. Where few tiles meet many keys, the blocks of keys that a tile sees are
+split over several tiles of the list, each with float32 rows of its own, and the kernel of ``merge_attn_states`` makes
+the result of them.
 
 bf16: a consumer starts the scores of a block of keys and the products with the values of the block before together,
 products add to float32 sums, and the consumers take turns with the tensor cores. V comes as it is. A key that a row
