@@ -109,8 +109,8 @@ class MlaConfig:
                producer
     splits     of the keys that a tile sees, each a tile of its own; the results are merged. 1: none, as in bf16
     format     of the operands
-    late       in FP8 alone: half of a block's exponentials are computed beside the next block's scores. Takes a producer
-               and its registers to pay
+    late       in FP8 alone: half of a block's exponentials are computed beside the next block's scores. Pays with a
+               producer, whose registers it takes
 
     In bf16 alone:
 
