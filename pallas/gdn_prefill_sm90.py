@@ -50,9 +50,10 @@ class GdnConfig:
 
 
 def default_config(problem: GdnProblem | GdnPoolProblem) -> GdnConfig:
-    """The fastest by ``estimate``; as many segments as the call asks for, if it does."""
+    """The fastest by ``estimate``; as many segments as the call asks for, if it does. Without segments it may take a
+    little longer: less is guessed of it."""
     split = _split(problem)
-    return min(_configs(split), key=lambda config: estimate(split, config))
+    return min(_configs(split), key=lambda config: estimate(split, config) * (MARGIN if config.segment else 1.0))
 
 
 def _configs(problem: GdnProblem) -> Iterator[GdnConfig]:
@@ -75,6 +76,7 @@ def _chunks(problem: GdnProblem) -> int:
 
 SEGMENTS = (1, 2, 4, 8, 16, 32)
 LEAST = 8  # chunks of a segment
+MARGIN = 1.05
 FOLD = 1.5  # microseconds a segment: a guess
 
 

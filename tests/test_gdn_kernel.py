@@ -12,6 +12,7 @@ import pytest
 from interpreter import run_interpreted
 from jax_fp8attn.pallas import gdn_prefill_sm90 as kernels
 from jax_fp8attn.pallas.common.gdn_chunks import chunk_list
+from jax_fp8attn.pallas.common.gdn_segments import max_segments, segment_list
 from jax_fp8attn.pallas.gdn_recurrence_sm90 import RecurrenceConfig
 
 import jax_fp8attn.xla.gdn_prefill as xla
@@ -244,8 +245,99 @@ def test_chunks_of_the_op_are_those_of_the_kernels() -> None:
     )
 
 
+SHAPES = [
+    ((8192, 1, (2, 2, 8)), 8), ((32768, 1, (2, 2, 8)), 8), ((8192, 1, (4, 4, 16)), 4), ((8192, 1, (16, 16, 32)), 1),
+    ((1000, 6, (2, 2, 8)), 1), ((20 * 8192, 20, (2, 2, 8)), 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "segments"), SHAPES, ids=str)
+def test_few_heads_and_long_sequences_are_cut(shape: tuple[int, int, tuple[int, int, int]], segments: int) -> None:
+    """A pure function of the shapes; a call that names a number gets it."""
+    tokens, sequences, heads = shape
+    problem = problem_of((tokens // sequences,) * sequences, heads, tokens=tokens)
+    config = kernels.default_config(problem)
+    assert config.segment == (tokens // sequences // 64 // segments if segments > 1 else 0)
+    assert kernels.default_config(dataclasses.replace(problem, segments=1)).segment == 0
+    chunks = -(-tokens // 64)
+    assert kernels.default_config(dataclasses.replace(problem, segments=5)).segment == -(-chunks // 5)
+
+
+def test_segments_of_a_sequence_are_its_own() -> None:
+    """Alone or beside others: the same chunks; every sequence has one, unused ones are empty."""
+    length = np.array([640, 0, 64, 641, 1], np.int32)
+    start = np.cumsum(length) - length
+    tokens = int(length.sum())
+    segments = jax.tree.map(np.asarray, segment_list(chunk_list(start, length, tokens), tokens, 4))
+    assert len(segments.chunks) == max_segments(tokens, 5, 4) == 10
+    np.testing.assert_array_equal(segments.count, [3, 1, 1, 3, 1])
+    np.testing.assert_array_equal(segments.first, [0, 3, 4, 5, 8])
+    np.testing.assert_array_equal(segments.chunks, [4, 4, 2, 0, 1, 4, 4, 3, 1, 0])
+    np.testing.assert_array_equal(segments.done[:9], [0, 4, 8, 0, 0, 0, 4, 8, 0])
+    np.testing.assert_array_equal(np.flatnonzero(segments.last), [2, 3, 4, 7, 8])
+    np.testing.assert_array_equal(segments.there, np.arange(10) < 9)
+    alone = segment_list(chunk_list(start[:1] * 0, length[3:4], 641), 641, 4)
+    np.testing.assert_array_equal(alone.chunks, [4, 4, 3])
+
+
+def test_no_more_segments_than_there_is_room_for() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        length = rng.integers(0, rng.choice([3, 70, 700]), rng.integers(1, 9)).astype(np.int32)
+        tokens, size, chunks = int(length.sum()), int(rng.integers(1, 5)), -(-length // 64)
+        parts = np.maximum(1, -(-chunks // size))
+        assert parts.sum() <= max_segments(tokens, len(length), size)
+
+
 def test_reasons() -> None:
     assert not kernels.supports(problem_of((8,)), Device("cuda", "H200", (9, 0)))
     reasons = kernels.supports(problem_of((8,), v_width=64, transition=True), Device("cuda", "B200", (10, 0)))
     assert [word for word in ("9.0", "transitions", "V = 64") if not any(word in x for x in reasons)] == []
     assert dispatch.CANDIDATES["gdn_prefill"][0].module == "jax_fp8attn.pallas.gdn_prefill_sm90"
+
+
+@pytest.mark.skipif(
+    dispatch._describe(jax.devices()[0]).compute_capability != (9, 0), reason="needs a GPU of compute capability 9.0"
+)
+class TestHardware:
+    """Segments: what the products read is not seen by the interpreter."""
+
+    LENGTHS = (1500, 0, 65, 900)
+    LASTS = (RecurrenceConfig(32, "shared", 4, 2), RecurrenceConfig(64, "registers", 3, 3))
+
+    def given(self, decay: float = 1.0, **facts: Any) -> tuple[Any, Any]:
+        problem = problem_of(self.LENGTHS, (2, 2, 4), **facts)
+        arrays = split_arrays(problem, self.LENGTHS)
+        return problem, arrays._replace(g=arrays.g * np.float32(decay))
+
+    @pytest.mark.parametrize("first", kernels.FIRST_PASS, ids=str)
+    @pytest.mark.parametrize("last", LASTS, ids=str)
+    @pytest.mark.parametrize("decay", [1.0, 0.01])
+    def test_values(self, first: Any, last: Any, decay: float) -> None:
+        problem, arrays = self.given(decay, checkpoint_every=128, segments=6)
+        config = dataclasses.replace(kernels.default_config(problem), recurrence=last, transitions=first)
+        assert config.segment
+        got = jax.jit(kernels.build(problem, config))(arrays)
+        wanted = jax.jit(lambda arrays: xla.run(problem, arrays))(arrays)
+        for one, other in zip(got, wanted, strict=True):
+            assert relative_error(one, other) <= BOUND
+
+    @pytest.mark.sanitize
+    def test_same_bits(self) -> None:
+        problem, arrays = self.given(segments=6, state_layout="kv", state_dtype=BF16)
+        run = jax.jit(kernels.build(problem, kernels.default_config(problem)))
+        first = run(arrays)
+        for _ in range(100):
+            assert_bitwise_equal(run(arrays), first)
+
+    def test_pool(self) -> None:
+        lengths = (700, 5, 1300)
+        split = problem_of(lengths, checkpoint_every=64, segments=8)
+        facts = {f.name: getattr(split, f.name) for f in dataclasses.fields(GdnPoolProblem) if hasattr(split, f.name)}
+        problem = GdnPoolProblem(**facts, pool_rows=5, checkpoints_to_pool=False)
+        arrays = pool_arrays(problem, lengths, slots=[2, -1, 0], write_slots=[2, 1, 0])
+        got = jax.jit(kernels.build(problem, kernels.default_config(problem)))(jax.tree.map(jnp.asarray, arrays))
+        wanted = jax.jit(lambda arrays: xla.run(problem, arrays))(arrays)
+        for one, other in zip(got, wanted, strict=True):
+            assert relative_error(one, other) <= BOUND
+        assert_bitwise_equal(got[1][3:], arrays.pool[3:])
