@@ -268,7 +268,8 @@ def test_segments_of_a_sequence_are_its_own() -> None:
     length = np.array([640, 0, 64, 641, 1], np.int32)
     start = np.cumsum(length) - length
     tokens = int(length.sum())
-    segments = jax.tree.map(np.asarray, segment_list(chunk_list(start, length, tokens), tokens, 4))
+    cut = jax.jit(lambda start, length, n: segment_list(chunk_list(start, length, n), n, 4), static_argnums=2)
+    segments = jax.tree.map(np.asarray, cut(start, length, tokens))
     assert len(segments.chunks) == max_segments(tokens, 5, 4) == 10
     np.testing.assert_array_equal(segments.count, [3, 1, 1, 3, 1])
     np.testing.assert_array_equal(segments.first, [0, 3, 4, 5, 8])
@@ -276,8 +277,7 @@ def test_segments_of_a_sequence_are_its_own() -> None:
     np.testing.assert_array_equal(segments.done[:9], [0, 4, 8, 0, 0, 0, 4, 8, 0])
     np.testing.assert_array_equal(np.flatnonzero(segments.last), [2, 3, 4, 7, 8])
     np.testing.assert_array_equal(segments.there, np.arange(10) < 9)
-    alone = segment_list(chunk_list(start[:1] * 0, length[3:4], 641), 641, 4)
-    np.testing.assert_array_equal(alone.chunks, [4, 4, 3])
+    np.testing.assert_array_equal(cut(start[:1] * 0, length[3:4], 641).chunks, [4, 4, 3])
 
 
 def test_no_more_segments_than_there_is_room_for() -> None:
