@@ -25,18 +25,21 @@ BF16 = jnp.bfloat16
 HALVES = (pl.ds(0, ROWS), pl.ds(ROWS, ROWS))  # of the keys
 
 
-def fold(moved: jax.Array, segments: Segments, initial: jax.Array | None, interpret: Any = None) -> jax.Array:
+def fold(
+    moved: jax.Array, segments: Segments, initial: jax.Array | None, forgets: jax.Array, interpret: Any = None
+) -> jax.Array:
     """float32 [R, H, K, V]: what each segment starts from. ``moved``: M and N of each, as ``transitions`` leaves them.
-    ``initial``: float32 [B, H, K, V]; None: zeros."""
+    ``initial``: float32 [B, H, K, V]; None: zeros. ``forgets``, int32 [R, H]: from 0 on M is 0, and not written."""
     rows, heads = moved.shape[:2]
     kernel = _Kernel(segments.first.shape[0], heads, initial is not None, interpret)
     table = jnp.stack([segments.first, segments.count], axis=1)
-    result = kernel.call(rows, table, moved, *([] if initial is None else [initial]))
+    result = kernel.call(rows, table, forgets, moved, *([] if initial is None else [initial]))
     return varying_like((moved, table), result)
 
 
 class _Refs(NamedTuple):
     table: Any  # int32 [B, 2]: first segment, and how many
+    forgets: Any  # int32 [R, H]
     moved: Any  # float32 [R, H, 128, 256]
     initial: Any  # float32 [B, H, 128, 128] or None
     out: Any  # float32 [R, H, 128, 128]
@@ -68,7 +71,7 @@ class _Kernel:
         def fp8attn_gdn_fold_sm90(*refs: Any) -> None:
             given = list(refs)
             if not self.has_initial:
-                given.insert(2, None)
+                given.insert(3, None)
             _Fold(self, _Refs(*given)).run()
 
         state = hopper.tiles((SLOTS, WIDTH, COLUMNS), BF16, 2 * COLUMNS)
@@ -153,13 +156,20 @@ class _Fold:
         pl.when(number + 1 < place.count - 1)(lambda: self._load(place, number + 1))
         self._store(place, number, state)
         plgpu.barrier_wait(refs.there.at[slot])
-        return [self._moved(slot, keys) for keys in HALVES]
+        forgets = refs.forgets[place.first + number, place.head]
+        return lax.cond(
+            forgets < 0,
+            lambda: [self._moved(slot, keys) for keys in HALVES],
+            lambda: [self._read(refs.n.at[slot, keys]) for keys in HALVES],
+        )
+
+    def _read(self, ref: Any) -> Any:
+        return ref[...] if self.kernel.interpret is not None else plgpu.load(ref, layout=hopper.ACCUMULATOR)
 
     def _moved(self, slot: Any, keys: Any) -> Any:
         """Rows of M Z + N."""
         refs, interpret = self.refs, self.kernel.interpret
-        read = lambda ref: ref[...] if interpret is not None else plgpu.load(ref, layout=hopper.ACCUMULATOR)
-        m, n = read(refs.m.at[slot, keys]), read(refs.n.at[slot, keys])
+        m, n = self._read(refs.m.at[slot, keys]), self._read(refs.n.at[slot, keys])
         m_high = m.astype(BF16)
         m_low = (m - m_high.astype(jnp.float32)).astype(BF16)
         high, low = refs.high.at[slot], refs.low.at[slot]

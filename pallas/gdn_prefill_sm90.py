@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax_fp8attn.pallas import gdn_fold_sm90, gdn_prepare_sm90, gdn_recurrence_sm90
 from jax_fp8attn.pallas.common.gdn_chunks import CHUNK, Chunks, Prepared, chunk_list
-from jax_fp8attn.pallas.common.gdn_segments import segment_list
+from jax_fp8attn.pallas.common.gdn_segments import forgets_before, segment_list
 from jax_fp8attn.pallas.gdn_prepare_sm90 import PrepareConfig
 from jax_fp8attn.pallas.gdn_recurrence_sm90 import RecurrenceConfig, States
 
@@ -165,10 +165,11 @@ def recurrence(
         return run(chunks, prepared, arrays.start, arrays.length, states)
     segments = segment_list(chunks, problem.tokens, config.segment)
     initial = _as_keys_by_values(problem, states)
+    forgets = forgets_before(chunks, segments, prepared.total, config.segment)
     moved = gdn_recurrence_sm90.transitions(
-        problem, config.transitions, config.segment, chunks, prepared, segments, initial, interpret
+        problem, config.transitions, config.segment, chunks, prepared, segments, initial, forgets, interpret
     )
-    begins = gdn_fold_sm90.fold(moved, segments, initial, interpret)
+    begins = gdn_fold_sm90.fold(moved, segments, initial, forgets, interpret)
     pool = states.given if in_place else None
     return run(chunks, prepared, arrays.start, arrays.length, States(begins, None, states.write, pool), segments)
 

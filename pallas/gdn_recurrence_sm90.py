@@ -183,11 +183,12 @@ def transitions(
     prepared: Prepared,
     segments: Segments,
     initial: jax.Array | None,
+    forgets: jax.Array,
     interpret: Any = None,
 ) -> jax.Array:
     """M and N of every segment side by side, float32 [R, H, K, K + V]. A sequence's first segment starts from its state
     in ``initial``, float32 [B, H, K, V]: its N is what it ends with, and its M is not written. Nothing is of last
-    segments."""
+    segments. One that ``forgets_before`` a chunk starts there from zero: its M is 0 and not written, either."""
     kernel = _Kernel(
         dataclasses.replace(problem, transition=True, checkpoint_every=0), config, False, interpret, segment
     )
@@ -201,7 +202,7 @@ def transitions(
         "done": segments.done,
     }
     table = jnp.stack([facts[name] for name in FIELDS], axis=1)
-    return varying_like((prepared, table, states), kernel.call(table, chunks, prepared, states))[0]
+    return varying_like((prepared, table, states), kernel.call(table, chunks, prepared, states, forgets))[0]
 
 
 FIELDS = (
@@ -274,6 +275,7 @@ class _Global(NamedTuple):
     rows: Any
     total: Any
     given: Any  # [rows, *state_shape] or None
+    forgets: Any  # int32 [R, H], of transitions of segments
     out: Any  # [T, H, 128]
     final: Any  # [rows, *state_shape] or None; the same as ``given`` in place
     checkpoints: Any  # [checkpoints, *state_shape] or None
@@ -310,6 +312,7 @@ class _Place(NamedTuple):
     sequence: Any
     chunk: Any
     chunks: Any
+    forgets: Any = None  # a scalar of ``_Global.forgets``
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,13 +353,17 @@ class _Kernel:
         width = min(self.config.columns, 128 // jnp.dtype(dtype).itemsize)
         return self.config.columns // width, width
 
-    def call(self, table: jax.Array, chunks: Chunks, prepared: Prepared, states: States) -> list[jax.Array]:
+    def call(
+        self, table: jax.Array, chunks: Chunks, prepared: Prepared, states: States, forgets: jax.Array | None = None
+    ) -> list[jax.Array]:
         problem, config, scratch = self.problem, self.config, self._scratch()
         given = {"table": table, "token": chunks.token, "valid": chunks.valid, **prepared._asdict()}
         if self.transition:
             given = {name: x for name, x in given.items() if name not in ("token", "valid", "p", "q")}
         if states.given is not None and (self.segment or not self.in_place):
             given["given"] = states.given
+        if forgets is not None:
+            given["forgets"] = forgets
         results = self._results()
         names = [*given, *(["final"] if self.in_place else []), *results]
 
@@ -450,7 +457,12 @@ class _Kernel:
         number, block = lax.div(lax.axis_index("block"), blocks), lax.rem(lax.axis_index("block"), blocks)
         row, head = lax.div(number, self.problem.heads), lax.rem(number, self.problem.heads)
         facts = (gmem.table[row, FIELDS.index(name)] for name in ("sequence", "chunk", "chunks"))
-        return _Place(row, head, block * self.config.columns, *facts)
+        place = _Place(row, head, block * self.config.columns, *facts)
+        if gmem.forgets is None:
+            return place
+        forgets = gmem.forgets[row, head]
+        skipped = jnp.maximum(forgets, 0)
+        return place._replace(chunk=place.chunk + skipped, chunks=place.chunks - skipped, forgets=forgets)
 
     def product(
         self, shape: tuple[int, int], left: Any, right: Any, onto: Any = None, turned: str = "", negative: bool = False
@@ -509,7 +521,8 @@ class _Chain(_Role):
 
     def is_needed(self) -> Any:
         """Of a segment's transition."""
-        return (self.place.chunks > 0) & ((self.place.column >= WIDTH) | (self.field("done") > 0))
+        place = self.place
+        return (place.chunks > 0) & ((place.column >= WIDTH) | ((self.field("done") > 0) & (place.forgets < 0)))
 
     def run(self) -> None:
         smem, chunks = self.smem, self.place.chunks
@@ -702,7 +715,10 @@ class _Chain(_Role):
             states = self.gmem.given.at[row, self.place.head]
             return [self._load_part(states, part).astype(jnp.float32) for part in range(parts)]
 
-        return lax.cond((row >= 0) & (self.place.column >= self.kernel.width - WIDTH), load, lambda: none)
+        counts = (row >= 0) & (self.place.column >= self.kernel.width - WIDTH)
+        if self.place.forgets is not None:
+            counts &= self.place.forgets < 0
+        return lax.cond(counts, load, lambda: none)
 
     def _tile(self, states: Any, part: int, vk: bool, column: Any) -> Any:
         """What a part of the state is of [V, K] or [K, V]."""

@@ -12,7 +12,7 @@ import pytest
 from interpreter import run_interpreted
 from jax_fp8attn.pallas import gdn_prefill_sm90 as kernels
 from jax_fp8attn.pallas.common.gdn_chunks import chunk_list
-from jax_fp8attn.pallas.common.gdn_segments import max_segments, segment_list
+from jax_fp8attn.pallas.common.gdn_segments import forgets_before, max_segments, segment_list
 from jax_fp8attn.pallas.gdn_recurrence_sm90 import RecurrenceConfig
 
 import jax_fp8attn.xla.gdn_prefill as xla
@@ -85,50 +85,38 @@ def pool_arrays(
     )
 
 
-def run(interpret: Any, problem: Any, arrays: Any) -> Any:
-    return jax.jit(kernels.build(problem, kernels.default_config(problem), interpret))(
-        jax.tree.map(jnp.asarray, arrays)
-    )
+def run(interpret: Any, problem: Any, arrays: Any, config: Any = None) -> Any:
+    config = config or kernels.default_config(problem)
+    return jax.jit(kernels.build(problem, config, interpret))(jax.tree.map(jnp.asarray, arrays))
 
 
-def apart(function: Any) -> Any:
-    """Compiled by itself."""
+def fold(interpret: Any, moved: Any, length: Any, initial: Any, forgets: Any) -> Any:
+    """Of segments of one chunk."""
 
-    def call(*given: Any) -> Any:
-        leaves, tree = jax.tree.flatten(given)
-        arrays = {n: x for n, x in enumerate(leaves) if isinstance(x, jax.Array)}
-        whole = lambda arrays: [arrays.get(n, x) for n, x in enumerate(leaves)]
-        return jax.jit(lambda arrays: function(*tree.unflatten(whole(arrays))))(arrays)
+    @jax.jit
+    def run(moved: Any, length: Any, initial: Any, forgets: Any) -> Any:
+        segments = segment_list(chunk_list(jnp.cumsum(length) - length, length, 192), 192, 1)
+        return kernels.gdn_fold_sm90.fold(moved, segments, initial, forgets, interpret)
 
-    return call
+    return run(moved, length, initial, forgets)
 
 
-def run_segments(interpret: Any, problem: Any, arrays: Any, config: Any, fault: str = "") -> Any:
-    """Every kernel is a program of its own: four in one can leave the interpreter's threads without a place to run."""
-    replace, recurrence = mock.patch.object, kernels.gdn_recurrence_sm90
-    build, transitions, fold = recurrence.build, recurrence.transitions, kernels.gdn_fold_sm90.fold
+def run_faulty(interpret: Any, problem: Any, arrays: Any, config: Any, fault: str) -> Any:
+    fold = kernels.gdn_fold_sm90.fold
     faults = {
         "transitions ignored": lambda moved, *given: fold(moved.at[..., :128].set(0.0), *given),
         "one segment late": lambda moved, *given: jnp.roll(fold(moved, *given), 1, axis=0),
+        "chunks that count are left out": lambda moved, segments, initial, forgets, *given: fold(
+            moved, segments, initial, jnp.maximum(forgets, 0), *given
+        ),
     }
-    split = problem.split if isinstance(problem, GdnPoolProblem) else problem
-    prepare = "prepare" if split is problem else "prepare_packed"
-    module = kernels.gdn_prepare_sm90
-    with (
-        replace(module, prepare, apart(getattr(module, prepare))),
-        replace(recurrence, "build", lambda *given: apart(build(*given))),
-        replace(recurrence, "transitions", apart(transitions)),
-        replace(kernels.gdn_fold_sm90, "fold", apart(faults.get(fault, fold))),
-    ):
-        return kernels.build(problem, config, interpret)(jax.tree.map(jnp.asarray, arrays))
+    with mock.patch.object(kernels.gdn_fold_sm90, "fold", faults[fault]):
+        return run(interpret, problem, arrays, config)
 
 
 def check(problem: Any, arrays: Any, config: Any = None) -> Any:
     config = config or kernels.default_config(problem)
-    if config.segment:
-        got = run_interpreted(run_segments, problem, arrays, config, kernels=4)
-    else:
-        got = run_interpreted(run, problem, arrays, kernels=2)
+    got = run_interpreted(run, problem, arrays, config, kernels=4 if config.segment else 2)
     wanted = jax.jit(lambda arrays: xla.run(problem, arrays))(arrays)
     for one, other in zip(*(x if isinstance(x, tuple) else (x,) for x in (got, wanted)), strict=True):
         assert one.dtype == other.dtype
@@ -157,6 +145,20 @@ class TestInterpreted:
             arrays = arrays._replace(q=q.astype(BF16), k=k.astype(BF16))
         check(problem, arrays)
 
+    def test_fold(self) -> None:
+        """Four segments of a sequence and one of another: what forgets has no M."""
+        rng = np.random.default_rng(0)
+        moved = rng.standard_normal((5, 1, 128, 256)).astype(np.float32)
+        moved[2, :, :, :128] = moved[0, :, :, :128] = NAN
+        initial = rng.standard_normal((2, 1, 128, 128)).astype(np.float32)
+        forgets = np.array([[-1], [-1], [0], [-1], [-1]], np.int32)
+        got = run_interpreted(fold, moved, np.array([256, 64], np.int32), initial, forgets)
+        n = moved[..., 128:]
+        second = moved[1, 0, :, :128].astype(np.float64) @ n[0, 0] + n[1, 0]
+        assert_bitwise_equal(got[[0, 1, 3, 4]], np.stack([initial[0], n[0], n[2], initial[1]]))
+        assert relative_error(got[2, 0], second) < 1e-5
+
+    @pytest.mark.slow
     def test_short_segments(self) -> None:
         """Three of a chunk: the least that folds a transition."""
         lengths = (150,)
@@ -187,19 +189,28 @@ class TestInterpreted:
         arrays = split_arrays(problem, lengths)
         arrays = arrays._replace(g=arrays.g / 100)
         config = dataclasses.replace(kernels.default_config(problem), transitions=first)
-        got = run_interpreted(run_segments, problem, arrays, config, kernels=4)
-        for one, other in zip(got, xla.run(problem, jax.tree.map(jnp.asarray, arrays)), strict=True):
-            assert relative_error(one, other) <= BOUND
+        check(problem, arrays, config)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("fault", ["transitions ignored", "one segment late"])
+    def test_forgotten_chunks(self) -> None:
+        """A segment whose last chunk decays to nothing starts there, and has no M."""
+        lengths = (330,)
+        problem = problem_of(lengths, heads=(1, 1, 1), segments=3)
+        arrays = split_arrays(problem, lengths)
+        gates = arrays.g / 100
+        gates[3 + 64 * 3 + 10 : 3 + 64 * 3 + 20] = -12.0
+        config = dataclasses.replace(kernels.default_config(problem), recurrence=RecurrenceConfig())
+        check(problem, arrays._replace(g=gates), config)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("fault", ["transitions ignored", "one segment late", "chunks that count are left out"])
     def test_faults_of_a_fold_show(self, fault: str) -> None:
         lengths = (330,)
         problem = problem_of(lengths, heads=(1, 1, 1), segments=6)
         arrays = split_arrays(problem, lengths)
         arrays = arrays._replace(g=arrays.g / 100)
         config = kernels.default_config(problem)
-        got = run_interpreted(run_segments, problem, arrays, config, fault, kernels=4)
+        got = run_interpreted(run_faulty, problem, arrays, config, fault, kernels=4)
         assert relative_error(got[0], xla.run(problem, jax.tree.map(jnp.asarray, arrays))[0]) > 3 * BOUND
 
     @pytest.mark.slow
@@ -278,6 +289,18 @@ def test_segments_of_a_sequence_are_its_own() -> None:
     np.testing.assert_array_equal(np.flatnonzero(segments.last), [2, 3, 4, 7, 8])
     np.testing.assert_array_equal(segments.there, np.arange(10) < 9)
     np.testing.assert_array_equal(cut(start[:1] * 0, length[3:4], 641).chunks, [4, 4, 3])
+
+
+def test_what_segments_forget() -> None:
+    """The last chunk from which on the decay is 0 in float32; NaN is not."""
+    length = np.array([64 * 6], np.int32)
+    chunks = chunk_list(length * 0, length, 64 * 6)
+    total = np.ones((7, 3), np.float32)
+    total[[1, 2], 0] = 1e-30, 1e-30  # the product is 0 over chunks 1 and 2, both of segment 0
+    total[[3, 5], 1] = 0.0, 1e-30  # a reset in the first chunk of segment 1
+    total[[4, 5], 2] = np.nan, 0.0
+    forgets = jax.jit(lambda c, t: forgets_before(c, segment_list(c, 64 * 6, 3), t, 3))(chunks, total)
+    np.testing.assert_array_equal(forgets, [[1, -1, -1], [-1, 0, 2], [-1, -1, -1]])
 
 
 def test_no_more_segments_than_there_is_room_for() -> None:

@@ -22,6 +22,17 @@ class Segments(NamedTuple):
     there: jax.Array  # bool [R]: False for segments that no sequence has
 
 
+def forgets_before(chunks: Chunks, segments: Segments, total: jax.Array, size: int) -> jax.Array:
+    """int32 [R, H]: the last chunk of each segment before which nothing is left at its end, since the decay from there
+    on, of ``total`` float32 [N, H], is 0 in float32; -1: all of it counts."""
+    number = jnp.arange(size, dtype=jnp.int32)
+    place = (chunks.first[segments.sequence] + segments.done)[:, None] + number
+    own = total[jnp.minimum(place, total.shape[0] - 1)]  # [R, size, H]
+    behind = (number >= number[:, None]) & (number < segments.chunks[:, None, None])  # [R, size, size]
+    left = jnp.prod(jnp.where(behind[..., None], own[:, None], 1.0), axis=2)
+    return jnp.max(jnp.where(left == 0, number[:, None], -1), axis=1)
+
+
 def max_segments(tokens: int, sequences: int, size: int) -> int:
     """The most segments of ``size`` chunks that ``sequences`` ranges of ``tokens`` tokens can have."""
     return sequences + tokens // (CHUNK * size)
