@@ -27,10 +27,10 @@ def forgets_before(chunks: Chunks, segments: Segments, total: jax.Array, size: i
     on, of ``total`` float32 [N, H], is 0 in float32; -1: all of it counts."""
     number = jnp.arange(size, dtype=jnp.int32)
     place = (chunks.first[segments.sequence] + segments.done)[:, None] + number
-    own = total[jnp.minimum(place, total.shape[0] - 1)]  # [R, size, H]
+    own = total.T[:, jnp.minimum(place, total.shape[0] - 1)]  # [H, R, size]
     behind = (number >= number[:, None]) & (number < segments.chunks[:, None, None])  # [R, size, size]
-    left = jnp.prod(jnp.where(behind[..., None], own[:, None], 1.0), axis=2)
-    return jnp.max(jnp.where(left == 0, number[:, None], -1), axis=1)
+    left = jnp.prod(jnp.where(behind, own[:, :, None], 1.0), axis=-1)  # [H, R, size]
+    return jnp.max(jnp.where(left == 0, number, -1), axis=-1).T
 
 
 def max_segments(tokens: int, sequences: int, size: int) -> int:
