@@ -95,7 +95,8 @@ def gdn_prefill(
       state_layout   "vk" or "kv", of initial state, final state and checkpoints
       checkpoint_every     m, a multiple of 64, or 0: also return the state after every m tokens of each sequence
       precision      "high" asks a GPU kernel for split operands; implementation "xla" is float32 throughout anyway
-      segments       "auto", or the number of parts that a GPU kernel may compute side by side; "xla" needs none
+      segments       "auto", or the number of parts of a sequence of T tokens that a GPU kernel computes side by side,
+                     parts of that length of a shorter one; "xla" needs none
       metadata       ``gdn_metadata(cu_seqlens, T, H)``, computed once for all layers; cu_seqlens is then not read
       out_dtype      bf16, f16 or f32, default the dtype of v. S is not normalised: a float16 ``o`` can overflow to inf.
       implementation None (fastest), a name, or names in order of preference

@@ -2,35 +2,96 @@
 
 Both take chunks of 64 tokens, counted from each sequence's first token. The pool's rows are read and written where they
 are: what starts a sequence is no row that another sequence writes.
+
+Where few heads would leave multiprocessors idle, long sequences are cut into segments of a fixed number of chunks. A
+first pass of the recurrence finds what each makes of any state, side by side; these are folded, and a second pass runs
+all segments at once. Which states a sequence's segments start from depends on it and on their size alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax_fp8attn.pallas import gdn_prepare_sm90, gdn_recurrence_sm90
-from jax_fp8attn.pallas.common.gdn_chunks import chunk_list
+from jax_fp8attn.pallas import gdn_fold_sm90, gdn_prepare_sm90, gdn_recurrence_sm90
+from jax_fp8attn.pallas.common.gdn_chunks import CHUNK, Chunks, Prepared, chunk_list
+from jax_fp8attn.pallas.common.gdn_segments import forgets_before, segment_list
 from jax_fp8attn.pallas.gdn_prepare_sm90 import PrepareConfig
 from jax_fp8attn.pallas.gdn_recurrence_sm90 import RecurrenceConfig, States
 
 from jax_fp8attn.dispatch import Device
 from jax_fp8attn.problems import GdnArrays, GdnPoolArrays, GdnPoolProblem, GdnProblem
 
+FIRST_PASS = (
+    RecurrenceConfig(64, "registers", 2, 2), RecurrenceConfig(64, "registers", 3, 2),
+    RecurrenceConfig(32, "shared", 2, 2), RecurrenceConfig(32, "shared", 4, 2),
+)  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class GdnConfig:
-    """Of both kernels."""
+    """Of the kernels.
+
+    segment      chunks of a segment; 0: no sequence is cut
+    transitions  the first pass over segments, which has no outputs
+    """
 
     prepare: PrepareConfig
     recurrence: RecurrenceConfig
+    segment: int = 0
+    transitions: RecurrenceConfig = FIRST_PASS[0]
+
+    def __post_init__(self) -> None:
+        if self.segment < 0:
+            raise ValueError(f"a segment has 1 chunk or more, 0 stands for none: {self}")
 
 
 def default_config(problem: GdnProblem | GdnPoolProblem) -> GdnConfig:
+    """The fastest by ``estimate``; as many segments as the call asks for, if it does. Without segments it may take a
+    little longer: less is guessed of it."""
     split = _split(problem)
-    return GdnConfig(gdn_prepare_sm90.default_config(split), gdn_recurrence_sm90.default_config(split))
+    return min(_configs(split), key=lambda config: estimate(split, config) * (MARGIN if config.segment else 1.0))
+
+
+def _configs(problem: GdnProblem) -> Iterator[GdnConfig]:
+    """Without segments first: of equals ``min`` takes that."""
+    prepare = gdn_prepare_sm90.default_config(problem)
+    chunks = _chunks(problem)
+    for count in (problem.segments,) if problem.segments else SEGMENTS:
+        for recurrence in gdn_recurrence_sm90.candidates(problem):
+            if count == 1:
+                yield GdnConfig(prepare, recurrence)
+            elif problem.segments or chunks >= LEAST * count:
+                yield from (GdnConfig(prepare, recurrence, -(-chunks // count), first) for first in FIRST_PASS)
+
+
+def _chunks(problem: GdnProblem) -> int:
+    """Of one sequence, all being equally long; where the caller says how many segments, of one that has all tokens."""
+    sequences = problem.instances if problem.segments else problem.sequences
+    return -(-problem.tokens // (CHUNK * max(1, sequences))) or 1
+
+
+SEGMENTS = (1, 2, 4, 8, 16, 32)
+LEAST = 8  # chunks of a segment
+MARGIN = 1.05
+FOLD = 1.5  # microseconds a segment: a guess
+
+
+def estimate(problem: GdnProblem, config: GdnConfig) -> float:
+    """Microseconds behind the preparation, for sequences of equal length. Of the first pass: M and N of a segment, but
+    no M of a sequence's first one, and neither of its last one."""
+    chunks, size = _chunks(problem), jnp.dtype(problem.out_dtype).itemsize
+    segments = -(-chunks // config.segment) if config.segment else 1
+    columns, own = 128 * problem.sequences * problem.heads, config.segment or chunks
+    pass_time, last, first = gdn_recurrence_sm90.pass_time, config.recurrence, config.transitions
+    total = pass_time(last, columns * segments, own, last.shared_memory(size))
+    if not config.segment:
+        return total
+    total += pass_time(first, columns * (2 * segments - 3), own, first.memory_of_transition)
+    return total + gdn_recurrence_sm90.LAUNCH + FOLD * segments
 
 
 def supports(problem: GdnProblem | GdnPoolProblem, device: Device) -> tuple[str, ...]:
@@ -40,7 +101,7 @@ def supports(problem: GdnProblem | GdnPoolProblem, device: Device) -> tuple[str,
     split = _split(problem)
     if split.transition:
         reasons.append("transitions of sequences are computed by XLA")
-    return (*reasons, *gdn_prepare_sm90.supports(split), "not measured on a GPU yet")
+    return (*reasons, *gdn_prepare_sm90.supports(split))
 
 
 def run(problem: GdnProblem | GdnPoolProblem, arrays: GdnArrays | GdnPoolArrays) -> Any:
@@ -72,21 +133,55 @@ def _plain(problem: GdnProblem, arrays: GdnArrays, config: GdnConfig, interpret:
     states = States()
     if problem.has_initial_state:
         states = States(arrays.initial_state, jnp.arange(problem.sequences, dtype=jnp.int32))
-    run = gdn_recurrence_sm90.build(problem, config.recurrence, interpret=interpret)
-    return run(chunks, prepared, arrays.start, arrays.length, states)
+    return recurrence(problem, arrays, chunks, prepared, states, config, interpret)
 
 
 def _packed(problem: GdnPoolProblem, arrays: GdnPoolArrays, config: GdnConfig, interpret: Any) -> tuple[jax.Array, ...]:
     chunks = chunk_list(arrays.start, arrays.length, problem.tokens)
     prepared = gdn_prepare_sm90.prepare_packed(problem, arrays, chunks, config.prepare, interpret)
     states = States(arrays.pool, arrays.slots, arrays.write_slots)
-    run = gdn_recurrence_sm90.build(problem.split, config.recurrence, in_place=True, interpret=interpret)
-    out, pool, *checkpoints = run(chunks, prepared, arrays.start, arrays.length, states)
+    results = recurrence(problem.split, arrays, chunks, prepared, states, config, interpret)
+    out, pool, *checkpoints = results
     if not problem.checkpoints_to_pool or not checkpoints:
         return out, pool, *checkpoints
     rows = jnp.where(arrays.checkpoint_slots >= 0, arrays.checkpoint_slots, problem.pool_rows)
     rows = jnp.where(_filled(problem.split, arrays.length), rows, problem.pool_rows)
     return out, pool.at[rows].set(checkpoints[0], mode="drop")
+
+
+def recurrence(
+    problem: GdnProblem,
+    arrays: GdnArrays | GdnPoolArrays,
+    chunks: Chunks,
+    prepared: Prepared,
+    states: States,
+    config: GdnConfig,
+    interpret: Any = None,
+) -> tuple[jax.Array, ...]:
+    """o, final states or the pool that they are written to, checkpoints."""
+    in_place = states.write is not None
+    run = gdn_recurrence_sm90.build(problem, config.recurrence, in_place, interpret, config.segment)
+    if not config.segment:
+        return run(chunks, prepared, arrays.start, arrays.length, states)
+    segments = segment_list(chunks, problem.tokens, config.segment)
+    initial = _as_keys_by_values(problem, states)
+    forgets = forgets_before(chunks, segments, prepared.total, config.segment)
+    moved = gdn_recurrence_sm90.transitions(
+        problem, config.transitions, config.segment, chunks, prepared, segments, initial, forgets, interpret
+    )
+    begins = gdn_fold_sm90.fold(moved, segments, initial, forgets, interpret)
+    pool = states.given if in_place else None
+    return run(chunks, prepared, arrays.start, arrays.length, States(begins, None, states.write, pool), segments)
+
+
+def _as_keys_by_values(problem: GdnProblem, states: States) -> jax.Array | None:
+    """float32 [B, H, K, V]: what sequences start from; None: zeros."""
+    if states.given is None:
+        return None
+    there = (states.read >= 0) & (states.read < states.given.shape[0])
+    rows = states.given[jnp.where(there, states.read, 0)].astype(jnp.float32)
+    rows = jnp.where(there[:, None, None, None], rows, 0.0)
+    return jnp.swapaxes(rows, 2, 3) if problem.state_layout == "vk" else rows
 
 
 def _filled(problem: GdnProblem, length: jax.Array) -> jax.Array:

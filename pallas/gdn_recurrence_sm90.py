@@ -7,11 +7,14 @@ nothing else. Another one follows it with the outputs, from the state and the ne
 loads its own operands, so that nobody but itself frees them.
 
     Y = U - W bf16(Z);   O = rows[0] (.) (q bf16(Z)) + P bf16(Y);   Z = total Z + k^T bf16(rows[1] (.) Y)
+
+Of long sequences segments can run side by side: ``transitions`` leads to the state that each starts from.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,6 +26,7 @@ from jax import lax
 from jax_fp8attn.pallas.common import configs, hopper
 from jax_fp8attn.pallas.common.backend import store, varying_like
 from jax_fp8attn.pallas.common.gdn_chunks import CHUNK, Chunks, Prepared
+from jax_fp8attn.pallas.common.gdn_segments import Segments, max_segments
 from jax_fp8attn.pallas.common.hopper import ROWS, spread
 
 from jax_fp8attn.problems import GdnProblem
@@ -74,53 +78,94 @@ class RecurrenceConfig:
         handed = 2 * self.columns * (WIDTH + CHUNK * (1 if self.turned else 2))
         return self.stages * chain + self.output_stages * outputs + handed + CHUNK * self.columns * size
 
+    @property
+    def memory_of_transition(self) -> int:
+        """Bytes of a block without outputs."""
+        chain = 2 * CHUNK * (2 * WIDTH + self.columns) + 4 * CHUNK
+        return self.stages * chain + (0 if self.turned else 2 * self.columns * (WIDTH + CHUNK))
 
-STAGES = {32: ((4, 2),), 64: ((3, 3), (3, 2)), 128: ((2, 2),)}
-"""By columns: stages and output_stages, what is tried first."""
+    @property
+    def time(self) -> float:
+        """Microseconds of a chunk: measured on an H200 with one block on a multiprocessor, 8 heads. One that is not in
+        the table takes what one without spare stages does."""
+        return TIMES.get((self.columns, self.form, self.stages, self.output_stages), 0.0) or SLOWEST[self.columns]
+
+
+TIMES = {
+    (32, "shared", 4, 2): 0.84, (32, "shared", 3, 3): 0.90, (64, "registers", 3, 3): 1.01,
+    (64, "registers", 3, 2): 1.02,
+}  # fmt: skip
+SLOWEST = {32: 1.0, 64: 1.19, 128: 1.73}
+FORMS_TRIED = (
+    RecurrenceConfig(32, "shared", 4, 2), RecurrenceConfig(64, "registers", 3, 3),
+    RecurrenceConfig(64, "registers", 3, 2), RecurrenceConfig(128, "shared", 2, 2),
+)  # fmt: skip
+
+
+def candidates(problem: GdnProblem) -> tuple[RecurrenceConfig, ...]:
+    """Those whose outputs fit."""
+    size = jnp.dtype(problem.out_dtype).itemsize
+    return tuple(config for config in FORMS_TRIED if config.shared_memory(size) <= MEMORY)
+
+
+LAUNCH = 11.0  # microseconds of a kernel beside its chunks, measured
+
+
+def pass_time(config: RecurrenceConfig, columns: int, chunks: int, memory: int) -> float:
+    """Microseconds that all blocks of ``columns`` columns take, ``chunks`` each, with so many bytes of shared memory:
+    in as many waves as they need. A chunk is taken to last as long with two blocks on a multiprocessor."""
+    resident = configs.MULTIPROCESSORS * max(1, MEMORY // memory)
+    return LAUNCH + math.ceil(columns / config.columns / resident) * chunks * config.time
 
 
 def default_config(problem: GdnProblem) -> RecurrenceConfig:
-    """The fewest columns that leave no multiprocessor more than one block, or all 128, if they fit; 64 in registers.
-    Not measured yet."""
-    size, blocks = jnp.dtype(problem.out_dtype).itemsize, problem.heads * problem.sequences * WIDTH
-    wanted = next((columns for columns in STAGES if blocks // columns <= configs.MULTIPROCESSORS), WIDTH)
-    fitting = []
-    for columns, stages in STAGES.items():
-        form = "registers" if columns == ROWS else "shared"
-        each = [RecurrenceConfig(columns, form, *given) for given in stages]
-        fitting += [config for config in each if config.shared_memory(size) <= MEMORY and columns <= wanted][:1]
-    return fitting[-1]
+    """The fastest by ``pass_time`` for sequences of equal length."""
+    size, columns = jnp.dtype(problem.out_dtype).itemsize, problem.heads * problem.sequences * WIDTH
+    return min(candidates(problem), key=lambda c: pass_time(c, columns, 1, c.shared_memory(size)))
 
 
 class States(NamedTuple):
     """Where sequences start from and end. Rows are counted from 0; what is no row starts from zero and is not written.
 
-    In place, final states go to rows ``write`` of ``given``.
+    In place, final states go to rows ``write`` of ``given``, with segments to those of ``pool``.
     """
 
-    given: jax.Array | None = None  # [rows, *state_shape]
+    given: jax.Array | None = None  # [rows, *state_shape]; of segments float32 [R, H, K, V], a row each
     read: jax.Array | None = None  # int32 [B]
     write: jax.Array | None = None  # int32 [B]
+    pool: jax.Array | None = None  # [rows, *state_shape]
 
 
-Recurrence = Callable[[Chunks, Prepared, jax.Array, jax.Array, States], tuple[jax.Array, ...]]
+Recurrence = Callable[..., tuple[jax.Array, ...]]
 
 
-def build(problem: GdnProblem, config: RecurrenceConfig, in_place: bool = False, interpret: Any = None) -> Recurrence:
-    """(chunks, prepared, start, length, states) to o, final states or the written rows, checkpoints: what the problem
-    asks for of them. Of a transition to M [B, H, K, K] and N [B, H, K, V], which need neither q nor p."""
-    kernel = _Kernel(problem, config, in_place, interpret)
+def build(
+    problem: GdnProblem, config: RecurrenceConfig, in_place: bool = False, interpret: Any = None, segment: int = 0
+) -> Recurrence:
+    """(chunks, prepared, start, length, states[, segments]) to o, final states or the written rows, checkpoints: what
+    the problem asks for of them. Of a transition to M [B, H, K, K] and N [B, H, K, V], which need neither q nor p.
+    ``segment``: chunks of a segment; 0: every sequence is one."""
+    kernel = _Kernel(problem, config, in_place, interpret, segment)
     size = config.shared_memory(jnp.dtype(problem.out_dtype).itemsize)
     if size > MEMORY:
         raise ValueError(f"{size} bytes of shared memory, a block can have {MEMORY}: {config}")
 
     @jax.enable_x64(False)
     def op(
-        chunks: Chunks, prepared: Prepared, start: jax.Array, length: jax.Array, states: States
+        chunks: Chunks,
+        prepared: Prepared,
+        start: jax.Array,
+        length: jax.Array,
+        states: States,
+        segments: Segments | None = None,
     ) -> tuple[jax.Array, ...]:
         if not problem.sequences or not problem.heads or not problem.tokens:
             raise ValueError(f"nothing to compute: {problem}")
         table = _table(problem, chunks, start, length, states)
+        if segments is not None:
+            table = _table_of_segments(table, segments)
+        elif problem.sequences > 1:
+            table = table[jnp.argsort(-chunks.count)]
         results = kernel.call(table, chunks, prepared, states)
         results = varying_like((prepared, table), results)
         if problem.transition:
@@ -130,25 +175,57 @@ def build(problem: GdnProblem, config: RecurrenceConfig, in_place: bool = False,
     return op
 
 
+def transitions(
+    problem: GdnProblem,
+    config: RecurrenceConfig,
+    segment: int,
+    chunks: Chunks,
+    prepared: Prepared,
+    segments: Segments,
+    initial: jax.Array | None,
+    forgets: jax.Array,
+    interpret: Any = None,
+) -> jax.Array:
+    """M and N of every segment side by side, float32 [R, H, K, K + V]. A sequence's first segment starts from its state
+    in ``initial``, float32 [B, H, K, V]: its N is what it ends with, and its M is not written. Nothing is of last
+    segments. One that ``forgets_before`` a chunk starts there from zero: its M is 0 and not written, either."""
+    kernel = _Kernel(
+        dataclasses.replace(problem, transition=True, checkpoint_every=0), config, False, interpret, segment
+    )
+    states, owner = States(initial), segments.sequence
+    facts = dict.fromkeys(FIELDS, jnp.zeros_like(owner)) | {
+        "sequence": owner,
+        "chunk": chunks.first[owner] + segments.done,
+        "chunks": jnp.where(segments.last, 0, segments.chunks),
+        "read": jnp.where(segments.done == 0, owner, -1),
+        "write": jnp.arange(len(owner), dtype=jnp.int32),
+        "done": segments.done,
+    }
+    table = jnp.stack([facts[name] for name in FIELDS], axis=1)
+    return varying_like((prepared, table, states), kernel.call(table, chunks, prepared, states, forgets))[0]
+
+
 FIELDS = (
-    "sequence", "chunk", "chunks", "read", "write", "lead", "gap", "gap_end", "checkpoint", "checkpoints", "blank_end"
+    "sequence", "chunk", "chunks", "read", "write", "lead", "gap", "gap_end", "checkpoint", "checkpoints", "blank_end",
+    "done",
 )  # fmt: skip
-"""Of a sequence. Rows of o before ``lead`` and from ``gap`` to ``gap_end`` are its to clear, and rows of checkpoints
-from its last one to ``blank_end``."""
+"""Of a sequence, or of a segment with ``done`` chunks before it. Rows of o before ``lead`` and from ``gap`` to
+``gap_end`` are its to clear, and rows of checkpoints from its last one to ``blank_end``."""
 
 
 def _table(problem: GdnProblem, chunks: Chunks, start: jax.Array, length: jax.Array, states: States) -> jax.Array:
-    """int32 [B, FIELDS], the longest sequence first."""
+    """int32 [B, FIELDS]."""
     sequences, every = problem.sequences, problem.checkpoint_every
     number = jnp.arange(sequences, dtype=jnp.int32)
     none = jnp.full(sequences, -1, jnp.int32)
     end = start + length
     following = lambda x, last: jnp.concatenate([x[1:], jnp.full(1, last, x.dtype)])
 
-    def row(rows: jax.Array | None) -> jax.Array:
-        count = 0 if states.given is None else states.given.shape[0]
+    def row(rows: jax.Array | None, of: jax.Array | None) -> jax.Array:
+        count = 0 if of is None else of.shape[0]
         return none if rows is None else jnp.where((rows >= 0) & (rows < count), rows, -1)
 
+    written = states.given if states.pool is None else states.pool
     filled = length // every if every else jnp.zeros_like(length)
     of_instance = filled.reshape(problem.instances, -1)
     own = problem.checkpoints // problem.instances * jnp.arange(problem.instances)[:, None]
@@ -157,17 +234,33 @@ def _table(problem: GdnProblem, chunks: Chunks, start: jax.Array, length: jax.Ar
         "sequence": number,
         "chunk": chunks.first,
         "chunks": chunks.count,
-        "read": row(states.read),
-        "write": row(states.write) if states.write is not None else number,
+        "read": row(states.read, states.given),
+        "write": number if states.write is None else row(states.write, written),
         "lead": jnp.where(number == 0, start, 0),
         "gap": end,
         "gap_end": following(start, problem.tokens),
         "checkpoint": first,
         "checkpoints": filled,
         "blank_end": following(first, problem.checkpoints),
+        "done": jnp.zeros_like(number),
     }
-    table = jnp.stack([facts[name].astype(jnp.int32) for name in FIELDS], axis=1)
-    return table[jnp.argsort(-chunks.count)] if sequences > 1 else table
+    return jnp.stack([facts[name].astype(jnp.int32) for name in FIELDS], axis=1)
+
+
+def _table_of_segments(table: jax.Array, segments: Segments) -> jax.Array:
+    """int32 [R, FIELDS]: what belongs to an end of a sequence is left to the segment there."""
+    owned = dict(zip(FIELDS, table[segments.sequence].T, strict=True))
+    at_end = lambda name, other=0: jnp.where(segments.last, owned[name], other)
+    facts = owned | {
+        "chunk": owned["chunk"] + segments.done,
+        "chunks": segments.chunks,
+        "read": jnp.where(segments.there, jnp.arange(len(segments.there), dtype=jnp.int32), -1),
+        "write": at_end("write", -1),
+        "lead": jnp.where(segments.there & (segments.done == 0), owned["lead"], 0),
+        **{name: at_end(name) for name in ("gap", "gap_end", "blank_end")},
+        "done": segments.done,
+    }
+    return jnp.stack([facts[name] for name in FIELDS], axis=1)
 
 
 class _Global(NamedTuple):
@@ -182,6 +275,7 @@ class _Global(NamedTuple):
     rows: Any
     total: Any
     given: Any  # [rows, *state_shape] or None
+    forgets: Any  # int32 [R, H], of transitions of segments
     out: Any  # [T, H, 128]
     final: Any  # [rows, *state_shape] or None; the same as ``given`` in place
     checkpoints: Any  # [checkpoints, *state_shape] or None
@@ -218,6 +312,7 @@ class _Place(NamedTuple):
     sequence: Any
     chunk: Any
     chunks: Any
+    forgets: Any = None  # a scalar of ``_Global.forgets``
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,6 +321,13 @@ class _Kernel:
     config: RecurrenceConfig
     in_place: bool
     interpret: Any
+    segment: int = 0  # chunks of one; 0: a row of the table is a sequence
+
+    @property
+    def rows(self) -> int:
+        """Of the table."""
+        problem = self.problem
+        return max_segments(problem.tokens, problem.sequences, self.segment) if self.segment else problem.sequences
 
     @property
     def transition(self) -> bool:
@@ -241,18 +343,27 @@ class _Kernel:
     def vk(self) -> bool:
         return self.problem.state_layout == "vk" and not self.transition
 
+    @property
+    def given_vk(self) -> bool:
+        """Of the states that are read."""
+        return self.vk and not self.segment
+
     def pieces(self, dtype: Any) -> tuple[int, int]:
         """Copies that rows of a block's columns take, and columns of each: up to 128 bytes."""
         width = min(self.config.columns, 128 // jnp.dtype(dtype).itemsize)
         return self.config.columns // width, width
 
-    def call(self, table: jax.Array, chunks: Chunks, prepared: Prepared, states: States) -> list[jax.Array]:
+    def call(
+        self, table: jax.Array, chunks: Chunks, prepared: Prepared, states: States, forgets: jax.Array | None = None
+    ) -> list[jax.Array]:
         problem, config, scratch = self.problem, self.config, self._scratch()
         given = {"table": table, "token": chunks.token, "valid": chunks.valid, **prepared._asdict()}
         if self.transition:
             given = {name: x for name, x in given.items() if name not in ("token", "valid", "p", "q")}
-        elif states.given is not None and not self.in_place:
+        if states.given is not None and (self.segment or not self.in_place):
             given["given"] = states.given
+        if forgets is not None:
+            given["forgets"] = forgets
         results = self._results()
         names = [*given, *(["final"] if self.in_place else []), *results]
 
@@ -264,7 +375,7 @@ class _Kernel:
             return plgpu.kernel(
                 fp8attn_gdn_recurrence_sm90,
                 out_type=out_type,
-                grid=(problem.sequences * problem.heads * (self.width // config.columns),),
+                grid=(self.rows * problem.heads * (self.width // config.columns),),
                 grid_names=("block",),
                 num_threads=1 if self.transition else 2,
                 thread_name="warpgroup",
@@ -279,13 +390,13 @@ class _Kernel:
             return list(kernel(list(results.values()), *given.values()))
         empty = [lax.empty(s.shape, s.dtype) for s in results.values()]
         run = pl.run_state(lambda refs: kernel([], *given.values(), *refs))
-        pool, out, *others = run((states.given, *empty))
+        pool, out, *others = run((states.pool if self.segment else states.given, *empty))
         return [out, pool, *others]
 
     def _results(self) -> dict[str, jax.ShapeDtypeStruct]:
         problem, of = self.problem, jax.ShapeDtypeStruct
         if self.transition:
-            return {"final": of((problem.sequences, problem.heads, WIDTH, self.width), jnp.float32)}
+            return {"final": of((self.rows, problem.heads, WIDTH, self.width), jnp.float32)}
         results = {"out": of((problem.tokens, problem.heads, WIDTH), problem.out_dtype)}
         if problem.return_final_state and not self.in_place:
             results["final"] = of((problem.sequences, *problem.state_shape), problem.state_dtype)
@@ -326,11 +437,15 @@ class _Kernel:
 
     def _body(self, gmem: dict[str, Any], smem: _Shared) -> None:
         refs = _Global(*(gmem.get(name) for name in _Global._fields))
-        if self.in_place:
+        if self.in_place and not self.segment:
             refs = refs._replace(given=refs.final)
         place = self._place(refs)
         if self.transition:
-            _Chain(self, refs, smem, place).run()
+            chain = _Chain(self, refs, smem, place)
+            if self.segment:
+                pl.when(chain.is_needed())(chain.run)
+            else:
+                chain.run()
             return
         warpgroup = lax.axis_index("warpgroup")
         pl.when(warpgroup == 0)(lambda: _Chain(self, refs, smem, place).run())
@@ -342,7 +457,12 @@ class _Kernel:
         number, block = lax.div(lax.axis_index("block"), blocks), lax.rem(lax.axis_index("block"), blocks)
         row, head = lax.div(number, self.problem.heads), lax.rem(number, self.problem.heads)
         facts = (gmem.table[row, FIELDS.index(name)] for name in ("sequence", "chunk", "chunks"))
-        return _Place(row, head, block * self.config.columns, *facts)
+        place = _Place(row, head, block * self.config.columns, *facts)
+        if gmem.forgets is None:
+            return place
+        forgets = gmem.forgets[row, head]
+        skipped = jnp.maximum(forgets, 0)
+        return place._replace(chunk=place.chunk + skipped, chunks=place.chunks - skipped, forgets=forgets)
 
     def product(
         self, shape: tuple[int, int], left: Any, right: Any, onto: Any = None, turned: str = "", negative: bool = False
@@ -399,13 +519,18 @@ class _Chain(_Role):
     def field(self, name: str) -> Any:
         return self.gmem.table[self.place.row, FIELDS.index(name)]
 
+    def is_needed(self) -> Any:
+        """Of a segment's transition."""
+        place = self.place
+        return (place.chunks > 0) & ((place.column >= WIDTH) | ((self.field("done") > 0) & (place.forgets < 0)))
+
     def run(self) -> None:
         smem, chunks = self.smem, self.place.chunks
         if self.kernel.transition:
             pl.when(self.place.column < WIDTH)(self._without_values)
         for number in range(self.config.stages - 1):
             pl.when(number < chunks)(lambda number=number: self._load(number))
-        state = self._identity() if self.kernel.transition else self._initial()
+        state = self._initial()
         pl.when(chunks > 0)(lambda: plgpu.barrier_wait(smem.there.at[0]))
         if self.config.turned:
             carry = state, [part.astype(BF16) for part in state], self._values(jnp.int32(0)), self._total(0)
@@ -581,31 +706,37 @@ class _Chain(_Role):
     def _initial(self) -> list[Any]:
         shape, parts = (ROWS, ROWS if self.config.turned else self.config.columns), WIDTH // ROWS
         zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), hopper.ACCUMULATOR)
+        none = self._identity() if self.kernel.transition else [zeros] * parts
         if self.gmem.given is None:
-            return [zeros] * parts
+            return none
         row = self.field("read")
 
         def load() -> list[Any]:
             states = self.gmem.given.at[row, self.place.head]
             return [self._load_part(states, part).astype(jnp.float32) for part in range(parts)]
 
-        return lax.cond(row >= 0, load, lambda: [zeros] * parts)
+        counts = (row >= 0) & (self.place.column >= self.kernel.width - WIDTH)
+        if self.place.forgets is not None:
+            counts &= self.place.forgets < 0
+        return lax.cond(counts, load, lambda: none)
 
-    def _tile(self, states: Any, part: int) -> Any:
+    def _tile(self, states: Any, part: int, vk: bool, column: Any) -> Any:
         """What a part of the state is of [V, K] or [K, V]."""
         columns, keys = self.config.columns, HALVES[part]
-        values = pl.ds(pl.multiple_of(self.place.column, columns), columns)
-        return states.at[values, keys] if self.kernel.vk else states.at[keys, values]
+        values = pl.ds(pl.multiple_of(column, columns), columns)
+        return states.at[values, keys] if vk else states.at[keys, values]
 
     def _load_part(self, states: Any, part: int) -> Any:
-        tile = self._tile(states, part)
-        if self.kernel.vk == self.config.turned:
+        vk, column = self.kernel.given_vk, self.place.column
+        tile = self._tile(states, part, vk, lax.rem(column, WIDTH) if self.kernel.transition else column)
+        if vk == self.config.turned:
             return plgpu.load(tile, layout=hopper.ACCUMULATOR, optimized=False)
         return _turned(tile, self.kernel.interpret)
 
     def _store(self, states: Any, state: list[Any]) -> None:
         for part, value in enumerate(state):
-            tile, value = self._tile(states, part), value.astype(states.dtype)
+            tile = self._tile(states, part, self.kernel.vk, self.place.column)
+            value = value.astype(states.dtype)
             if self.kernel.vk == self.config.turned:
                 store(tile, value)
             elif self.kernel.interpret is not None:
@@ -619,6 +750,8 @@ class _Chain(_Role):
         if not problem.checkpoints:
             return
         every = problem.checkpoint_every // CHUNK
+        if self.kernel.segment:
+            number = number + self.field("done")
         local = lax.div(number, every)
         whole = (lax.rem(number, every) == every - 1) & (local < self.field("checkpoints"))
 

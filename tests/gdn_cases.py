@@ -47,6 +47,21 @@ class Case:
         return dataclasses.replace(self, **changes)
 
 
+WIDTH = 128  # of the heads that kernels take
+
+
+def wide(x):
+    """Zeros behind the last axis, up to what kernels take: they change no result."""
+    return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, WIDTH - x.shape[-1])])
+
+
+def fitted(case):
+    """As kernels take it: bfloat16, heads of 128."""
+    q, k, v = (wide(rounded(x, "bfloat16")) for x in (case.q, case.k, case.v))
+    initial = None if case.initial is None else np.swapaxes(wide(np.swapaxes(wide(case.initial), 2, 3)), 2, 3)
+    return case.replace(q=q, k=k, v=v, initial=initial, dtype="bfloat16")
+
+
 def stored(states, layout="vk"):
     """[..., K, V] as ``state_layout`` has it."""
     return np.swapaxes(states, -1, -2) if layout == "vk" else states

@@ -135,6 +135,9 @@ _worker: _Worker | None = None
 
 def _serve(connection: Any) -> None:
     """Answers requests (function, arguments) with (exception type or None, result or message, kernels)."""
+    # programs run in the threads that call them: a pool of as many threads as processors can have none left for a
+    # warpgroup that another one waits for
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     connection.send("ready")
     while True:
         try:

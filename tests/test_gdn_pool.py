@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from gdn_cases import quick_jit
+from implementations import PORTABLE, implementations, kernels
 from jax import lax
 from jax.experimental import checkify
 
@@ -19,7 +20,8 @@ from jax_fp8attn import InvalidInputError, UnsupportedError, checks, gdn_prefill
 from jax_fp8attn.problems import GdnPoolProblem
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
-IMPLEMENTATIONS = ("xla", "reference")
+KERNELS = kernels("gdn_prefill_pool")
+IMPLEMENTATIONS = implementations("gdn_prefill_pool")
 HEADS, WIDTHS = (2, 2, 6), (32, 48)
 H = max(HEADS)
 LENGTHS = (65, 0, 128, 1, 130, 20)
@@ -104,7 +106,30 @@ def compiled(implementation, jit=quick_jit, write=False, checkpoint_slots=False,
     return jit(function)
 
 
+def fitted(case):
+    """As kernels take it: bfloat16, heads of 128."""
+    parts = [cases.wide(x).reshape(len(x), -1) for x in heads_of(case.qkv)]
+    pool = cases.wide(np.swapaxes(cases.wide(case.pool), 2, 3)).swapaxes(2, 3)
+    return case.replace(qkv=np.concatenate(parts, axis=1), pool=pool, dtype="bfloat16")
+
+
+def heads_of(qkv):
+    """q, k and v [T, H, width] of packed rows."""
+    hq, hk, _ = HEADS
+    parts = np.split(qkv, [hq * WIDTHS[0], (hq + hk) * WIDTHS[0]], axis=1)
+    return [x.reshape(len(x), h, -1) for x, h in zip(parts, HEADS, strict=True)]
+
+
+def lowered(case):
+    """What kernels see of a case in float32."""
+    low = {name: cases.rounded(getattr(case, name), "bfloat16") for name in ("qkv", "a", "b")}
+    return case.replace(**low, dtype="bfloat16")
+
+
 def run(case, implementation="xla", **options):
+    if implementation in KERNELS:
+        case = fitted(case)
+        options.setdefault("scale", WIDTHS[0] ** -0.5)
     function = compiled(
         implementation,
         write=case.write_slots is not None,
@@ -114,15 +139,16 @@ def run(case, implementation="xla", **options):
     layout = options.get("state_layout", "vk")
     result = function(*case.args(layout), case.write_slots, case.checkpoint_slots)
     o, *states = jax.tree.map(np.asarray, result)
-    return o, *(x if layout == "vk" else x.swapaxes(2, 3) for x in states)
+    states = [x if layout == "vk" else x.swapaxes(2, 3) for x in states]
+    if implementation in KERNELS:
+        o, states = o[..., : WIDTHS[1]], [x[..., : WIDTHS[1], : WIDTHS[0]] for x in states]
+    return o, *states
 
 
 def split_case(case):
     """The call on q, k, v, gates and gathered states, in float64."""
-    hq, hk, hv = HEADS
-    k_width, v_width = WIDTHS
-    parts = np.split(case.qkv, [hq * k_width, (hq + hk) * k_width], axis=1)
-    q, k, v = (x.reshape(len(x), h, -1) for x, h in zip(parts, HEADS, strict=True))
+    hv, (k_width, v_width) = HEADS[2], WIDTHS
+    q, k, v = heads_of(case.qkv)
     a, b, a_log, dt_bias = (x.astype(np.float64) for x in (case.a, case.b, case.A_log, case.dt_bias))
     with np.errstate(over="ignore"):
         g, beta = -np.exp(a_log) * np.logaddexp(a + dt_bias, 0), 1 / (1 + np.exp(-b))
@@ -159,6 +185,8 @@ def touched(case, every=0):
 
 def check(case, implementation="xla", bound=F32, absolute=None, **options):
     every = options.get("checkpoint_every", 0)
+    if implementation in KERNELS:
+        case, bound, absolute = lowered(case), max(bound, 6e-3), absolute or (1e-2, 2e-3)
     got = run(case, implementation, **options)
     want = oracle(case, every, options.get("scale"), 1e-6 if options.get("qk_l2norm", True) else None)
     cases.assert_matches(got, want, case.cu, bound, absolute, "gdn_prefill_pool")
@@ -209,7 +237,7 @@ def test_write_slots(implementation):
     check(case.replace(has_initial_state=np.ones(B, bool)), implementation)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", PORTABLE)
 def test_rows_are_read_before_any_is_written(implementation):
     """Beyond the precondition of a kernel, here it is plain: a row that one sequence reads and another writes."""
     case = pool_case().replace(slots=[0, 1, 2, 3, 4, 5], write_slots=[5, 0, 1, 2, 3, 4])
@@ -220,6 +248,8 @@ def test_rows_are_read_before_any_is_written(implementation):
 @pytest.mark.parametrize("dtype", ["bfloat16", slow("float16")])
 def test_low_precision_and_the_other_layout(dtype, implementation):
     """R1: a bfloat16 pool as [P, H, K, V], with checkpoints; untouched rows keep their bits."""
+    if implementation in KERNELS and dtype == "float16":
+        pytest.skip("no kernel for float16")
     case = pool_case(dtype=dtype, pool_dtype="bfloat16")
     got = check(case, implementation, 6e-3, (1e-2, 2e-3), state_layout="kv", checkpoint_every=64)
     assert [x.dtype for x in got] == [dtype, "bfloat16", "bfloat16"] and len(got[2]) == T // 64
@@ -274,7 +304,7 @@ def test_no_tokens():
 # packed inputs and gates
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", PORTABLE)
 def test_equal_to_the_explicit_composition(implementation):
     """Gates by hand, q and k normalised in the op, states gathered and scattered by hand; bfloat16 inputs."""
     case = pool_case(dtype="bfloat16")
@@ -299,7 +329,7 @@ def test_extreme_gate_inputs(implementation):
     check(case.replace(a=a, b=b, A_log=np.array([-2, 0, 3, -5, -1, -2], np.float32)), implementation)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", PORTABLE)
 def test_options_reach_the_split_form(implementation):
     """scale 0.5, float32 output of bfloat16 inputs, no normalisation, integer flags."""
     case = pool_case(dtype="bfloat16")

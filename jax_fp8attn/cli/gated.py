@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -282,7 +283,26 @@ def gdn_recurrence_calls() -> Iterator[Call]:
     yield _gdn_recurrence("64 in registers, transition", registers, initial=False, transition=True)
 
 
-def _gdn_recurrence(label: str, config: Any, initial: bool = True, pool: bool = False, **options: Any) -> Call:
+def gdn_segments_calls() -> Iterator[Call]:
+    """Both passes and the fold, in every form of the first pass; a pool in place; with states and without."""
+    from jax_fp8attn.pallas.gdn_prefill_sm90 import FIRST_PASS
+    from jax_fp8attn.pallas.gdn_recurrence_sm90 import RecurrenceConfig
+
+    narrow, registers, wide = (
+        RecurrenceConfig(*x) for x in ((32, "shared", 4, 2), (64, "registers", 3, 3), (128, "shared", 2, 2))
+    )
+    options = {"state_dtype": jnp.dtype(BF16), "checkpoint_every": 128, "state_layout": "kv"}
+    yield _gdn_recurrence("32 shared behind 64 in registers", narrow, first=FIRST_PASS[0])
+    yield _gdn_recurrence("64 in registers behind 3 stages, pool", registers, pool=True, first=FIRST_PASS[1], **options)
+    yield _gdn_recurrence("64 in registers behind 32 shared", registers, False, first=FIRST_PASS[2], **options)
+    yield _gdn_recurrence("128 shared behind 32 shared", wide, first=FIRST_PASS[3])
+
+
+def _gdn_recurrence(
+    label: str, config: Any, initial: bool = True, pool: bool = False, first: Any = None, **options: Any
+) -> Call:
+    """Of segments, if there is a ``first`` pass."""
+    from jax_fp8attn.pallas import gdn_prefill_sm90
     from jax_fp8attn.pallas import gdn_recurrence_sm90 as kernel
     from jax_fp8attn.pallas.common.gdn_chunks import CHUNK, Chunks, Prepared
     from jax_fp8attn.problems import GdnProblem
@@ -302,8 +322,16 @@ def _gdn_recurrence(label: str, config: Any, initial: bool = True, pool: bool = 
     rows = of((5, *problem.state_shape), problem.state_dtype)
     states = kernel.States(*((rows, each) if initial else (None, None)), each if pool else None)
     leaves, tree = jax.tree.flatten((Chunks(each, each, every, every), prepared, each, each, states))
-    run = kernel.build(problem, config, pool)
-    return Call(label, lambda *given: run(*jax.tree.unflatten(tree, given)), tuple(leaves))
+    whole = gdn_prefill_sm90.GdnConfig(None, config, 4 if first else 0, first)
+
+    def run(*given: Any) -> Any:
+        chunks, prepared, start, length, states = jax.tree.unflatten(tree, given)
+        if not first:
+            return kernel.build(problem, config, pool)(chunks, prepared, start, length, states)
+        arrays = types.SimpleNamespace(start=start, length=length)
+        return gdn_prefill_sm90.recurrence(problem, arrays, chunks, prepared, states, whole)
+
+    return Call(label, run, tuple(leaves))
 
 
 def sparse_calls() -> Iterator[Call]:
@@ -357,6 +385,7 @@ def _latent(form: Any, *lead: int) -> tuple[Any, Any]:
 
 
 GATED: dict[str, tuple[Callable[[], Iterator[Call]], Budget]] = {
+    "gdn_segments": (gdn_segments_calls, Budget(registers=255, shared_memory=232448)),
     "gdn_recurrence": (gdn_recurrence_calls, Budget(registers=255, shared_memory=232448)),
     "merge_attn_states": (merge_calls, Budget(registers=128, shared_memory=1024)),
     "gdn_prepare": (gdn_prepare_calls, Budget(registers=255, shared_memory=76800)),

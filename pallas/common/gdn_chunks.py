@@ -40,7 +40,7 @@ def chunk_list(start: jax.Array, length: jax.Array, tokens: int) -> Chunks:
     number = jnp.arange(tokens // CHUNK + sequences, dtype=jnp.int32)
     if not sequences:
         return Chunks(first, count, jnp.zeros_like(number), jnp.zeros_like(number))
-    owner = jnp.minimum(jnp.searchsorted(last, number, side="right"), sequences - 1)
+    owner = jnp.minimum(jnp.searchsorted(last, number, side="right", method="compare_all"), sequences - 1)
     done = (number - first[owner]) * CHUNK
     valid = jnp.clip(length[owner] - done, 0, CHUNK)
     token = jnp.where(valid > 0, start[owner] + done, 0)
