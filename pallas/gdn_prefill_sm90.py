@@ -77,7 +77,7 @@ def _chunks(problem: GdnProblem) -> int:
 SEGMENTS = (1, 2, 4, 8, 16, 32)
 LEAST = 8  # chunks of a segment
 MARGIN = 1.05
-FOLD = 1.5  # microseconds a segment: a guess
+FOLD, TABLES = 2.6, 5.0  # microseconds of a segment behind the first, and of small programs; measured
 
 
 def estimate(problem: GdnProblem, config: GdnConfig) -> float:
@@ -91,7 +91,7 @@ def estimate(problem: GdnProblem, config: GdnConfig) -> float:
     if not config.segment:
         return total
     total += pass_time(first, columns * (2 * segments - 3), own, first.memory_of_transition)
-    return total + gdn_recurrence_sm90.LAUNCH + FOLD * segments
+    return total + TABLES + FOLD * (segments - 1)
 
 
 def supports(problem: GdnProblem | GdnPoolProblem, device: Device) -> tuple[str, ...]:
