@@ -13,6 +13,7 @@ What a variant says, "<fp8 or bf16> <causal or full>" and then
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,7 @@ QUANTISED = 0.05  # and of an output in FP8, which rounds once more
 SHIFTED = 0.005  # with V of mean 1
 ANY = 1.0  # of peers there: their error is stated, not judged
 OUTPUT_SCALE = 0.0125  # values of short rows reach 5
+KERNELS = ("fp8attn_mla_prefill", "fp8attn_merge")  # attention, and the merge where the keys are split
 BLOCKS = 132  # of threads that run at once: with fewer tiles of 128 rows a peer may split the keys
 
 
@@ -181,22 +183,11 @@ def _ours(shape: dict[str, int], form: _Form, inputs: list[_Operands]) -> list[C
     given = [_arrays(shape, x.given) for x in inputs]
     op = _op(problem)
     whole = Contender("pallas", lambda i: op(given[i]))
-    return [whole] if form.extra else [_kernel(problem, given), whole]
-
-
-def _kernel(problem: MlaProblem, given: list[MlaArrays]) -> Contender:
-    """Without what is done to the operands before; with the merge where the keys are split."""
-    config = mla_prefill_sm90.default_config(problem)
-    steps = mla_prefill_sm90.steps_of(problem, config)
-    given = [arrays._replace(output_scale=None) for arrays in given]
-    prepared = [jax.jit(steps.prepare)(arrays) for arrays in given]
-
-    @jax.jit
-    def kernel(arrays: MlaArrays, operands: Any, work: Any) -> Any:
-        results = steps.attend(operands)
-        return results if config.splits == 1 else steps.finish(arrays, work, results)
-
-    return Contender("pallas kernel", lambda i: kernel(given[i], *prepared[i]))
+    return (
+        [whole]
+        if form.extra
+        else [dataclasses.replace(whole, name="pallas kernel", within="pallas", kernels=KERNELS), whole]
+    )
 
 
 def _ours_quantised(shape: dict[str, int], form: _Form, inputs: list[_Operands]) -> list[Contender]:

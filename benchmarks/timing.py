@@ -30,11 +30,16 @@ DISPATCHED = 2e5  # microseconds
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """One implementation on one case. ``call(i)`` launches it on the i-th set of inputs and returns its outputs."""
+    """One implementation on one case. ``call(i)`` launches it on the i-th set of inputs and returns its outputs.
+
+    With ``within`` it is a part of another one's calls and makes none to be timed: the kernels whose names begin so.
+    """
 
     name: str
     call: Callable[[int], Any]
     is_peer: bool = False
+    within: str = ""
+    kernels: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +48,11 @@ class Times:
 
     median: float
     spread: float  # interquartile range
-    dispatch: float  # of the host, a call without waiting
+    dispatch: float | None  # of the host, a call without waiting; None of a part
     kernels: tuple[str, ...]  # of the last call
 
     @classmethod
-    def of(cls, samples: Sequence[float], dispatch: float, kernels: Sequence[str]) -> Times:
+    def of(cls, samples: Sequence[float], dispatch: float | None, kernels: Sequence[str]) -> Times:
         first, _, third = statistics.quantiles(samples, n=4)
         return cls(statistics.median(samples), third - first, dispatch, tuple(kernels))
 
@@ -61,7 +66,7 @@ def measure(contenders: Sequence[Contender], sets: int, rounds: int = ROUNDS) ->
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for number in range(rounds):
-                for contender in contenders:
+                for contender in (x for x in contenders if not x.within):
                     mark()
                     flush()
                     mark()
@@ -73,14 +78,26 @@ def measure(contenders: Sequence[Contender], sets: int, rounds: int = ROUNDS) ->
         raise RuntimeError(f"{len(calls)} calls were traced as {len(segments)}: the profiler lost events")
     result = {}
     for contender in contenders:
-        own = [segment for name, segment in zip(calls, segments, strict=True) if name == contender.name]
-        if not all(own):
-            raise RuntimeError(f"{contender.name}: a call without a kernel in the trace")
-        samples = [sum(duration for _, duration in segment) for segment in own]
-        names = [name for name, _ in own[-1]]
-        calls_of_it = int(max(DISPATCHES[0], min(DISPATCHES[1], DISPATCHED / statistics.median(samples))))
-        result[contender.name] = Times.of(samples, _dispatch(contender, sets, calls_of_it), names)
+        samples, names = _samples(contender, calls, segments)
+        dispatch = None
+        if not contender.within:
+            calls_of_it = int(max(DISPATCHES[0], min(DISPATCHES[1], DISPATCHED / statistics.median(samples))))
+            dispatch = _dispatch(contender, sets, calls_of_it)
+        result[contender.name] = Times.of(samples, dispatch, names)
     return result
+
+
+def _samples(
+    contender: Contender, calls: Sequence[str], segments: Sequence[list[tuple[str, float]]]
+) -> tuple[list[float], list[str]]:
+    """Microseconds of each of its calls, and the kernels of the last one. ``calls``: whose each segment is."""
+    caller = contender.within or contender.name
+    own = [segment for name, segment in zip(calls, segments, strict=True) if name == caller]
+    if contender.within:
+        own = [[(name, time) for name, time in segment if name.startswith(contender.kernels)] for segment in own]
+    if not (own and all(own)):
+        raise RuntimeError(f"{contender.name}: a call without a kernel in the trace")
+    return [sum(time for _, time in segment) for segment in own], [name for name, _ in own[-1]]
 
 
 def _dispatch(contender: Contender, sets: int, number: int) -> float:

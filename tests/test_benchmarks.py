@@ -749,6 +749,46 @@ class TestBench:
         run, _ = rows
         assert [row.case for row, _ in run(only="case 3")] == ["case 3"]
 
+    def test_resume(self, rows, monkeypatch, tmp_path, capsys) -> None:
+        """Of a run of today the rest; of another day or version everything."""
+        _, log = rows
+        device = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
+        monkeypatch.setattr(bench.jax, "devices", lambda: [device])
+        for name in ("copy_tbps", "gemm_tflops", "fp8_gemm_tflops"):
+            monkeypatch.setattr(timing, name, lambda: 4.0)
+        monkeypatch.setattr(bench, "_versions", lambda: {"jax": "0.11.2"})
+        options = ["bench", "--op", "merge_attn_states", "--json", "--store", str(tmp_path)]
+        assert cli.main([*options, "--only", "case 3"]) == 0
+        monkeypatch.setattr(timing, "copy_tbps", lambda: 5.0)
+        log.clear()
+        cli.main([*options, "--resume"])
+        run, found = report.read(tmp_path / "h200" / "merge_attn_states.json")
+        assert [row.case for row in found] == [f"case {n}" for n in (3, 1, 2, 5)] and run.ceilings.copy_tbps == 4.0
+        assert ("case 3", "right") not in log
+        monkeypatch.setattr(bench, "_versions", lambda: {"jax": "0.12.0"})
+        cli.main([*options, "--resume", "--only", "case 1"])
+        run, found = report.read(tmp_path / "h200" / "merge_attn_states.json")
+        assert [row.case for row in found] == ["case 1"] and run.ceilings.copy_tbps == 5.0
+        assert cli.main(["bench", "--resume"]) == 2 and "--store" in capsys.readouterr().out
+
+
+class TestParts:
+    """The time of some kernels within another contender's calls."""
+
+    CALLS = ("op", "other", "op")
+    SEGMENTS = ([("table", 1.0), ("attend_1", 20.0), ("attend_2", 4.0)], [("attend_1", 9.0)], [("attend_1", 30.0)])
+
+    def test_samples(self) -> None:
+        of = lambda *facts: timing._samples(timing.Contender(*facts), self.CALLS, self.SEGMENTS)
+        assert of("op", None) == ([25.0, 30.0], ["attend_1"])
+        assert of("part", None, False, "op", ("attend",)) == ([24.0, 30.0], ["attend_1"])
+        assert of("part", None, False, "op", ("attend_1", "table")) == ([21.0, 30.0], ["attend_1"])
+
+    @pytest.mark.parametrize("facts", [("absent", None), ("part", None, False, "op", ("attend_2",))])
+    def test_a_call_without_such_a_kernel(self, facts) -> None:
+        with pytest.raises(RuntimeError, match="without a kernel"):
+            timing._samples(timing.Contender(*facts), self.CALLS, self.SEGMENTS)
+
 
 class TestRepository:
     def test_readme_says_what_is_stored(self, tmp_path) -> None:

@@ -612,7 +612,7 @@ class TestSubjects:
 
 def test_a_config_is_data() -> None:
     assert tuning.config_data(DEFAULT) == {
-        "stages": 2, "producer": True, "registers": [240, 24], "blocks": 0, "splits": 1, "format": "fp8", "keys": 128,
-        "turn": "done", "tail": 0, "beside": 0, "parted": False,
+        "stages": 2, "producer": True, "registers": [240, 24], "blocks": 0, "splits": 1, "format": "fp8", "late": True,
+        "keys": 128, "turn": "done", "tail": 0, "beside": 0, "parted": False,
     }  # fmt: skip
     assert tuning.config_data(MergeConfig(128, 8))["heads"] == "leftover"

@@ -11,7 +11,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=31, help="times each case is timed (default %(default)s)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw speed against size, PNG or SVG")
     parser.add_argument("--store", type=Path, metavar="DIR", help="write <DIR>/<device>/<op>.json")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="with --store: keep the rows of today's run that was cut short, time the rest",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     device = jax.devices()[0]
     if device.platform != "gpu":
         print(f"bench times kernels on a GPU; the device here is {device.platform}")
+        return 2
+    if options.resume and not options.store:
+        print("--resume needs --store")
         return 2
     from jax_fp8attn.benchmarks import report, timing
 
@@ -48,10 +56,12 @@ def run(options: argparse.Namespace) -> int:
         versions=_versions(),
         ceilings=report.Ceilings(timing.copy_tbps(), timing.gemm_tflops(), timing.fp8_gemm_tflops()),
     )
-    failed, everything = False, []
+    failed, everything, today = False, [], facts
     for op in options.op or sorted(OPS):
-        rows = []
-        for row, message in _rows(op, options):
+        facts, rows = (
+            _earlier(report.results_path(today.device, op, options.store), today) if options.resume else (today, [])
+        )
+        for row, message in _rows(op, options, {(row.case, row.variant) for row in rows}):
             failed |= bool(message)
             if message:
                 print(message, file=sys.stderr)
@@ -69,12 +79,24 @@ def run(options: argparse.Namespace) -> int:
     return 1 if failed or not everything else 0
 
 
-def _rows(op: str, options: argparse.Namespace) -> Iterator[tuple[Any, str]]:
-    """Rows of the results file, and what failed."""
+def _earlier(path: Path, facts: Any) -> tuple[Any, list[Any]]:
+    """What is stored of a run of the same day, device and versions, and what to store more of it under."""
+    from jax_fp8attn.benchmarks import report
+
+    if path.exists():
+        run, rows = report.read(path)
+        if (run.device, run.date, run.versions) == (facts.device, facts.date, facts.versions):
+            return run, rows
+    return facts, []
+
+
+def _rows(op: str, options: argparse.Namespace, done: Collection[tuple[str, str]] = ()) -> Iterator[tuple[Any, str]]:
+    """Rows of the results file, and what failed, of all cases but those that are ``done``."""
     from jax_fp8attn.benchmarks import models, timing
 
     module = importlib.import_module(f"jax_fp8attn.benchmarks.{OPS[op]}")
-    cases = [case for case in models.cases(op) if options.only in f"{case.name} {case.variant}"]
+    wanted = [case for case in models.cases(op) if options.only in f"{case.name} {case.variant}"]
+    cases = [case for case in wanted if (case.name, case.variant) not in done]
     progress = Progress()
     if hasattr(module, "prepare"):
         progress(f"{op}: preparing")
