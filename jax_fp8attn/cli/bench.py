@@ -50,17 +50,15 @@ def run(options: argparse.Namespace) -> int:
         return 2
     from jax_fp8attn.benchmarks import report, timing
 
-    facts = report.Run(
+    today = report.Run(
         device=device.device_kind,
         date=datetime.date.today().isoformat(),
         versions=_versions(),
         ceilings=report.Ceilings(timing.copy_tbps(), timing.gemm_tflops(), timing.fp8_gemm_tflops()),
     )
-    failed, everything, today = False, [], facts
+    facts, failed, everything = today, False, []
     for op in options.op or sorted(OPS):
-        facts, rows = (
-            _earlier(report.results_path(today.device, op, options.store), today) if options.resume else (today, [])
-        )
+        facts, rows = _earlier(op, options, today)
         for row, message in _rows(op, options, {(row.case, row.variant) for row in rows}):
             failed |= bool(message)
             if message:
@@ -79,15 +77,15 @@ def run(options: argparse.Namespace) -> int:
     return 1 if failed or not everything else 0
 
 
-def _earlier(path: Path, facts: Any) -> tuple[Any, list[Any]]:
-    """What is stored of a run of the same day, device and versions, and what to store more of it under."""
+def _earlier(op: str, options: argparse.Namespace, today: Any) -> tuple[Any, list[Any]]:
+    """With --resume what a run of the same day, device and versions has stored, and what to store more of it under."""
     from jax_fp8attn.benchmarks import report
 
-    if path.exists():
+    if options.resume and (path := report.results_path(today.device, op, options.store)).exists():
         run, rows = report.read(path)
-        if (run.device, run.date, run.versions) == (facts.device, facts.date, facts.versions):
+        if (run.device, run.date, run.versions) == (today.device, today.date, today.versions):
             return run, rows
-    return facts, []
+    return today, []
 
 
 def _rows(op: str, options: argparse.Namespace, done: Collection[tuple[str, str]] = ()) -> Iterator[tuple[Any, str]]:
