@@ -288,17 +288,19 @@ def _without_keys(problem: MlaProblem, arrays: MlaArrays) -> Any:
     return (out, lse) if problem.return_lse else out
 
 
-def _result(problem: MlaProblem, arrays: MlaArrays, work: tile_list.Work, out: jax.Array, *tiled: jax.Array) -> Any:
-    """lse and scales leave the kernel tile by tile; here each token's are picked."""
+def _result(
+    problem: MlaProblem, arrays: MlaArrays, work: tile_list.Work, out: jax.Array, lse: jax.Array, *tiled: jax.Array
+) -> Any:
+    """Scales leave the kernel tile by tile; here each token's are picked."""
     spec = problem.output_quant
-    by_token = [tile_list.rows_of_tiles(x, work)[0] for x in tiled]
     if isinstance(spec, Fp8PerTensor):
         scale = arrays.output_scale
         out = Fp8Array(out, scale[0] if problem.instances == 1 else scale, spec, problem.tokens)
     elif spec is not None:
-        scales = by_token.pop().transpose(2, 0, 1).reshape(problem.tokens, -1)  # [H, groups of a head, T] before
+        scales = tile_list.rows_of_tiles(*tiled, work)[0]  # [H, groups of a head, T]
+        scales = scales.transpose(2, 0, 1).reshape(problem.tokens, -1)
         out = Fp8Array(out, physical_scales(scales, spec), spec, problem.tokens)
-    return (out, by_token[0]) if problem.return_lse else out
+    return (out, lse[0]) if problem.return_lse else out
 
 
 def _merged_splits(
@@ -314,7 +316,7 @@ def _merged_splits(
     if splits * config.vector > MERGE_REGISTERS:
         config = dataclasses.replace(config, vector=min(config.vector, 4))
     given = MergeArrays(
-        out.reshape(splits, problem.tokens, *out.shape[1:]), tile_list.rows_of_tiles(lse, work), None,
+        out.reshape(splits, problem.tokens, *out.shape[1:]), lse, None,
         arrays.output_scale,
     )  # fmt: skip
     return merge_sm90.build(states, config, interpret)(given)
@@ -441,7 +443,7 @@ class _Results(NamedTuple):
     """What the kernel writes."""
 
     out: Any  # [splits * T, H, 128]
-    lse: Any  # [H, tiles, 128]
+    lse: Any  # [splits, H, T]
     scales: Any  # [H, groups, tiles, 128] or None
 
 
@@ -685,7 +687,7 @@ class _Kernel:
 
         results = [
             jax.ShapeDtypeStruct((self.config.splits * problem.tokens, problem.heads, VALUES), self.out_dtype),
-            jax.ShapeDtypeStruct((problem.heads, self.tiles, WARPGROUPS * ROWS), jnp.float32),
+            jax.ShapeDtypeStruct((self.config.splits, problem.heads, problem.tokens), jnp.float32),
             *([scales] if self.groups else []),
         ]
 
@@ -1218,15 +1220,18 @@ class _Kernel:
             plgpu.commit_smem()  # no warp reads the queries
         elif self.config.blocks:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # outputs of the tile before stand there
-        smem.lse.at[warpgroup][...] = lse
+        place = results.lse.at[lax.div(tile.first_output, self.problem.tokens), tile.head]
+        if self.interpret is None:
+            hopper.store_rows(place, tile.first_query + warpgroup * ROWS, self._own_rows(tile, warpgroup), lse)
+        else:
+            smem.lse.at[warpgroup][...] = lse
         self._stage(gmem, smem, tile, warpgroup, value)
         plgpu.commit_smem()
         mine = pl.ds(warpgroup * ROWS, ROWS)
-        plgpu.copy_smem_to_gmem(smem.lse.at[warpgroup], results.lse.at[tile.head, tile.index, mine], commit_group=False)
         for group in range(self.groups):
             source = smem.scales.at[self.groups * warpgroup + group]
             plgpu.copy_smem_to_gmem(source, results.scales.at[tile.head, group, tile.index, mine], commit_group=False)
-        self._store_rows(smem, tile, warpgroup, results.out)
+        self._store_rows(smem, tile, warpgroup, results.out, place)
         plgpu.commit_smem_to_gmem_group()
 
     def _with_nonfinite(self, gmem: _Operands, smem: _Shared, tile: _Tile, warpgroup: Any, value: Any) -> Any:
@@ -1296,10 +1301,14 @@ class _Kernel:
                 :, piece * columns : (piece + 1) * columns
             ]
 
-    def _store_rows(self, smem: _Shared, tile: _Tile, warpgroup: Any, out: Any) -> None:
+    @staticmethod
+    def _own_rows(tile: _Tile, warpgroup: Any) -> Any:
+        return jnp.clip(tile.rows - warpgroup * ROWS, 0, ROWS)
+
+    def _store_rows(self, smem: _Shared, tile: _Tile, warpgroup: Any, out: Any, lse: Any) -> None:
         """Copies of 64, 32, ... 1 rows, as many as the count has bits: what lies behind belongs to other tiles."""
-        count = jnp.clip(tile.rows - warpgroup * ROWS, 0, ROWS)
-        first = tile.first_output + warpgroup * ROWS
+        count = self._own_rows(tile, warpgroup)
+        first, query = tile.first_output + warpgroup * ROWS, tile.first_query + warpgroup * ROWS
         pieces = self._pieces(self.out_dtype)
         columns = VALUES // pieces
         done = count * 0
@@ -1312,6 +1321,9 @@ class _Kernel:
                     source = smem.out.at[self.slots(self.out_dtype) * warpgroup + piece].at[pl.ds(done, size)]
                     target = out.at[pl.ds(first + done, size), tile.head, pl.ds(piece * columns, columns)]
                     plgpu.copy_smem_to_gmem(source, target, commit_group=False)
+                if self.interpret is not None:
+                    target = lse.at[pl.ds(query + done, size)]
+                    plgpu.copy_smem_to_gmem(smem.lse.at[warpgroup].at[pl.ds(done, size)], target, commit_group=False)
 
             done = done + (count & size)
             size //= 2

@@ -350,6 +350,31 @@ def emit_anew(word: Any) -> Any:
     return llvm.inline_asm(word.type, [word], "mov.b32 $0, $1;", "=r,r", asm_dialect=0, has_side_effects=True)
 
 
+def store_rows(target: Any, first: Any, count: Any, row: Any) -> None:
+    """``row`` [64] float32 of a consumer into global memory from ``first`` on, the first ``count`` of them, by plain
+    stores: bulk copies need aligned places."""
+    scalar = plgpu.Layout.WG_SPLAT
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), scalar, scalar, ROW))
+    def emit(_: Any, target: Any, first: Any, count: Any, row: Any) -> None:
+        i64 = ir.IntegerType.get_signless(64)
+        first, count = (x.registers.item() for x in (first, count))
+        pointer = llvm.ptrtoint(i64, utils.memref_ptr(target))
+        for number, one in enumerate(row.registers.flat):
+            value = vector.extract(one, [], ir.DenseI64ArrayAttr.get([0]))
+            _side_effect(_STORE_ROW.format(shift=8 * number), [pointer, first, count, value], "l,r,r,f,~{memory}")
+
+    emit(target, first, count, row)
+
+
+# the thread's row is 16 times its warp and its lane by 4; one of those four lanes stores
+_STORE_ROW = (
+    "{{ .reg .pred p, q; .reg .b32 t, w, r; .reg .b64 a, b; mov.u32 t, %tid.x; bfe.u32 w, t, 5, 2; bfe.u32 r, t, 2, 3; "
+    "mad.lo.u32 r, w, 16, r; add.u32 r, r, {shift}; and.b32 t, t, 3; setp.eq.u32 q, t, 0; setp.lt.and.s32 p, r, $2, q; "
+    "add.s32 r, r, $1; mul.wide.s32 b, r, 4; add.s64 a, $0, b; @p st.global.f32 [a], $3; }}"
+)
+
+
 def warpgroup() -> Any:
     """Its number, computed here."""
     scalar = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT)
