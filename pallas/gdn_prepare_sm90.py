@@ -158,7 +158,7 @@ class _Lines(NamedTuple):
         return self.ref.at[pl.ds(line * ROWS + shift, ROWS)]
 
     def sums(self, head: Any) -> Any:
-        """log2 of the gates from the first token on, resets left out."""
+        """log2 of the gates from the last reset on, or from the first token, resets left out."""
         return self.at(2 * head)
 
     def betas(self, head: Any) -> Any:
@@ -499,9 +499,11 @@ class _Kernel:
                 for kind in range(2)
             )
             cleared = gate <= CLEARS
-            lines.sums(n)[...] = jnp.cumsum(jnp.where(cleared, 0.0, gate))
+            reset = lax.cummax(jnp.where(cleared, token, -1))
+            summed = (token <= token[:, None]) & (token >= reset[:, None])
+            lines.sums(n)[...] = jnp.where(summed, jnp.where(cleared, 0.0, gate), 0.0).sum(axis=1)
             lines.betas(n)[...] = beta
-            lines.resets(n)[...] = lax.cummax(jnp.where(cleared, token, -1)).astype(F32)
+            lines.resets(n)[...] = reset.astype(F32)
 
     def _decay(self, sums: Any, of_columns: Any, reset: Any, last_reset: Any) -> Any:
         """E: from token j, a column, to token i, a row; 0 where i < j or a reset lies between."""
@@ -625,14 +627,32 @@ def _substitute_in_warps(block: Any) -> None:
     emit(block)
 
 
-def _running(lane: Any, pair: tuple[Any, Any], combine: Callable[[Any, Any], Any], none: Any) -> tuple[Any, Any]:
-    """All up to each of 64 elements, two neighbours a lane, combined; ``none`` of them is left of the first."""
-    is_from = lambda first, x, other: arith.select(arith.cmpi(arith.CmpIPredicate.sge, lane, _word(first)), x, other)
-    total = combine(*pair)
+def _last(lane: Any, pair: tuple[Any, Any]) -> tuple[Any, Any]:
+    """The greatest up to each of 64 elements, two neighbours a lane; -1 where none is greater."""
+    total = arith.maxsi(*pair)
     for distance in (1, 2, 4, 8, 16):
-        total = is_from(distance, combine(_of_lane_before(total, distance), total), total)
-    before = is_from(1, _of_lane_before(total, 1), none)
-    return combine(before, pair[0]), total
+        total = arith.select(_is_from(distance, lane), arith.maxsi(_of_lane_before(total, distance), total), total)
+    before = arith.select(_is_from(1, lane), _of_lane_before(total, 1), _word(-1))
+    return arith.maxsi(before, pair[0]), total
+
+
+def _sums(lane: Any, pair: tuple[Any, Any], firsts: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Of 64 elements, two neighbours a lane, from a first one on that each has, or from the very first: what lies
+    before it changes no bit."""
+    reaches = lambda first, element: arith.cmpi(arith.CmpIPredicate.slt, first, element)
+    f32 = ir.F32Type.get()
+    own, zero = _shifted(lane, -1), arith.constant(f32, ir.FloatAttr.get(f32, 0.0))
+    total = arith.addf(arith.select(reaches(firsts[1], arith.addi(own, _word(1))), pair[0], zero), pair[1])
+    for distance in (1, 2, 4, 8, 16):
+        covered = arith.subi(own, _word(2 * (distance - 1)))  # the first element that is in ``total`` so far
+        more = arith.andi(_is_from(distance, lane), reaches(firsts[1], covered))
+        total = arith.select(more, arith.addf(_of_lane_before(total, distance), total), total)
+    more = arith.andi(_is_from(1, lane), reaches(firsts[0], own))
+    return arith.addf(arith.select(more, _of_lane_before(total, 1), zero), pair[0]), total
+
+
+def _is_from(first: int, lane: Any) -> Any:
+    return arith.cmpi(arith.CmpIPredicate.sge, lane, _word(first))
 
 
 def _of_lane_before(x: Any, distance: int) -> Any:
@@ -668,8 +688,8 @@ def _sum_in_warps(lines: Any, heads: int, shift: Any, valid: Any) -> None:
             cleared = [arith.cmpf(arith.CmpFPredicate.OLE, gate, number(CLEARS)) for gate in gates]
             kept = [arith.select(hard, number(0.0), gate) for hard, gate in zip(cleared, gates, strict=True)]
             where = [arith.select(hard, token, _word(-1)) for hard, token in zip(cleared, tokens, strict=True)]
-            sums = _running(lane, tuple(kept), arith.addf, number(0.0))
-            resets = [arith.sitofp(f32, x) for x in _running(lane, tuple(where), arith.maxsi, _word(-1))]
+            last = _last(lane, tuple(where))
+            sums, resets = _sums(lane, tuple(kept), last), [arith.sitofp(f32, x) for x in last]
             utils.warp_barrier()
             first = _shifted(head, -1)
             for line, values in (

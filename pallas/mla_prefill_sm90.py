@@ -187,9 +187,8 @@ def default_config(problem: MlaProblem) -> MlaConfig:
 
 
 def _few_addresses(problem: MlaProblem) -> bool:
-    """Of outputs and states: blocks that take several tiles keep them, and a consumer has no registers for more."""
-    wide = np.float32 in (problem.state_dtype, problem.out_dtype)
-    return problem.output_quant is None and not (problem.state_dtype is not None and wide)
+    """Of states: blocks that take several tiles keep them, and a consumer has no registers for more."""
+    return problem.output_quant is not None or not problem.state_dtype == problem.out_dtype == np.float32
 
 
 def _best_splits(problem: MlaProblem) -> int:
@@ -1286,20 +1285,25 @@ class _Kernel:
         """Rounds or quantises into shared memory."""
         spec = self.problem.output_quant
         if isinstance(spec, Fp8PerTensor):
-            value = to_e4m3(value * gmem.scales[tile.instance, 2])
-        codes = []
+            value = value * gmem.scales[tile.instance, 2]
+        scaled = []
         for group in range(self.groups):
             part = value[:, group * spec.group_size : (group + 1) * spec.group_size]
             scale, inverse, _ = group_scale(finite_magnitude(part).max(axis=1), spec)
             smem.scales.at[self.groups * warpgroup + group][...] = scale
-            codes.append(to_e4m3(part * spread(inverse, part)))
-        value = hopper.join(codes, self.interpret is not None) if codes else value.astype(self.out_dtype)
+            scaled.append(part * spread(inverse, part))
+        value = hopper.join(scaled, self.interpret is not None) if scaled else value
+        if self.interpret is not None:
+            value = to_e4m3(value) if spec is not None else value.astype(self.out_dtype)
         pieces = self._pieces(self.out_dtype)
         columns = VALUES // pieces
         for piece in range(pieces):
-            smem.out.at[self.slots(self.out_dtype) * warpgroup + piece][...] = value[
-                :, piece * columns : (piece + 1) * columns
-            ]
+            target = smem.out.at[self.slots(self.out_dtype) * warpgroup + piece]
+            part = value[:, piece * columns : (piece + 1) * columns]
+            if self.interpret is None:
+                hopper.store_swizzled(target, part)
+            else:
+                target[...] = part
 
     @staticmethod
     def _own_rows(tile: _Tile, warpgroup: Any) -> Any:

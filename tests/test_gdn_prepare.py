@@ -533,11 +533,26 @@ class TestLanes:
             gate = np.where(np.arange(C) < valid, own(0), 0)
             hard = gate <= gdn_prepare_sm90.CLEARS
             place = lambda line: lines[line * C : (line + 1) * C]
-            np.testing.assert_allclose(place(2 * n), np.cumsum(np.where(hard, 0, gate)), rtol=1e-5, atol=1e-6)
-            np.testing.assert_array_equal(place(2 * n + 1), np.where(np.arange(C) < valid, own(1), 0))
             resets = np.maximum.accumulate(np.where(hard, np.arange(C), -1))
+            summed = np.arange(C) >= resets[:, None]
+            sums = np.tril(summed) @ np.where(hard, 0, gate).astype(np.float64)
+            np.testing.assert_allclose(place(2 * n), sums, rtol=1e-5, atol=1e-6)
+            np.testing.assert_array_equal(place(2 * n + 1), np.where(np.arange(C) < valid, own(1), 0))
             np.testing.assert_array_equal(place(2 * heads + n), resets)
         assert np.isnan(lines[3 * heads * C :]).all()
+
+    @pytest.mark.parametrize("reset", [1, 6, 31, 32, 47, 62])
+    def test_gates_before_a_reset_change_no_bit_behind_it(self, reset: int) -> None:
+        sums = []
+        for past in (-1.0, -1.1):
+            lines = np.random.default_rng(reset).uniform(-2, 0, 5 * C).astype(F32)
+            lines[:reset] *= F32.type(past)
+            lines[reset] = -np.inf
+            with Threads(lines)():
+                gdn_prepare_sm90._sum_in_warps(None, 1, 0, C)
+            sums.append(lines[:C])
+        np.testing.assert_array_equal(*(x[reset:] for x in sums))
+        assert (sums[0][:reset] != sums[1][:reset]).all()
 
     def test_substitution(self) -> None:
         a = np.random.default_rng(0).standard_normal((4, 16, 16)).astype(F32)

@@ -375,6 +375,46 @@ _STORE_ROW = (
 )
 
 
+def store_swizzled(target: Any, value: Any) -> None:
+    """``value`` [64, 128 bytes] float32 of a consumer into shared memory of ``rows_out``, rounded to its dtype (e4m3
+    saturates), by addresses computed here: those of a layout would be kept in registers from tile to tile."""
+    size = jnp.dtype(target.dtype).itemsize
+    store = _STORES[jnp.dtype(target.dtype).name]
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType((plgpu.SwizzleTransform(128),)), ACCUMULATOR))
+    def emit(_: Any, target: Any, value: Any) -> None:
+        i32 = ir.IntegerType.get_signless(32)
+        place = llvm.inline_asm(
+            llvm.StructType.get_literal([i32, i32]), [llvm.ptrtoint(i32, utils.memref_ptr(target))],
+            _PLACE.format(pair=2 * size, within=min(8 * size, 16) - 1), "=r,=r,r", asm_dialect=0, has_side_effects=True,
+        )  # fmt: skip
+        own, turn = (llvm.extractvalue(i32, place, [n]) for n in range(2))
+        given = _elements(value)  # pairs of columns, of the first and of the second row in turns
+        for byte in range(0, 128, 8 * size):
+            at = arith.addi(own, arith.xori(turn, _word(byte & ~15)))
+            for row in range(2):
+                pair, given = given[:2], given[2:]
+                _side_effect(store.format(offset=1024 * row + (byte & 15)), [at, *pair], "r,f,f,~{memory}")
+
+    emit(target, value)
+
+
+# Of a thread: its first row is 16 times its warp and its lane by 4, the second eight below. Chunks of 16 bytes stand
+# where the row's last three bits turn them
+_PLACE = (
+    "{{ .reg .b32 t, w, r, c; mov.u32 t, %tid.x; bfe.u32 w, t, 5, 2; bfe.u32 r, t, 2, 3; and.b32 t, t, 3; "
+    "mul.lo.u32 t, t, {pair}; and.b32 c, t, 16; shl.b32 $1, r, 4; xor.b32 $1, $1, c; and.b32 t, t, {within}; "
+    "mad.lo.u32 r, w, 16, r; mad.lo.u32 r, r, 128, t; add.u32 $0, $2, r; }}"
+)
+_STORES = {
+    "float32": "st.shared.v2.f32 [$0+{offset}], {{$1, $2}};",
+    "float8_e4m3fn": "{{ .reg .b16 c; cvt.rn.satfinite.e4m3x2.f32 c, $2, $1; st.shared.b16 [$0+{offset}], c; }}",
+} | {
+    name: f"{{{{ .reg .b32 c; cvt.rn.{kind}x2.f32 c, $2, $1; st.shared.b32 [$0+{{offset}}], c; }}}}"
+    for name, kind in (("bfloat16", "bf16"), ("float16", "f16"))
+}
+
+
 def warpgroup() -> Any:
     """Its number, computed here."""
     scalar = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT)
