@@ -1,14 +1,17 @@
-"""``gdn_prefill`` against flash-linear-attention, from bf16 q, k and v to the output and the final states.
+"""``gdn_prefill`` against flash-linear-attention and FlashInfer, from bf16 q, k and v to output and final states.
 
     bf16        ``gdn_prefill``: g and beta in float32, q and k normalised inside, states start from zero
     bf16 pool   ``gdn_prefill_pool``: q, k and v packed, gates computed inside, states in rows of a pool
 
 flash-linear-attention tunes most of its kernels once for a number of heads, at the first shape that has it, as for
 anybody who calls it from one process. Its time is the sum of its kernels': that of a CUDA graph without the gaps.
+FlashInfer is the program that ``flashinfer_gdn.py`` writes; "flashinfer kernel" is the rule alone within its calls, for
+callers who have q and k normalised and the decay itself.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +33,7 @@ SETS = 3
 STRETCH = 1024  # tokens whose error is taken together: what goes wrong late in a long sequence counts as much
 BOUND, PEER_BOUND = 1e-2, 2e-2  # relative L2 of the worst stretch of a head, or of its state
 XLA_CHUNKS = 256  # more take XLA longer than 20 ms
+FLASHINFER_RULE = "kernel_cutlass_kernel_flashinfer"  # how the names of its kernels begin, the normalisation's apart
 BF16, F32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 
 
@@ -66,11 +70,10 @@ def trial(case: Case, folder: Path | None) -> Trial:
     inputs = [_operands(shape, seed) for seed in range(SETS)]
     expected = _expected(shape, inputs[0], in_pool)
     slots = np.asarray(inputs[0].slots)
-    rule = None if in_pool else peers.gated_delta_rule(folder)
     return Trial(
         contenders=[
             *(_ours_in_pool if in_pool else _ours)(shape, inputs),
-            *([_fla(shape, inputs, rule)] if rule else []),
+            *([] if in_pool else _theirs(shape, inputs, folder)),
         ],
         sets=SETS,
         bytes=_bytes(shape, inputs[0], in_pool),
@@ -178,6 +181,20 @@ def _ours_in_pool(shape: dict[str, int], inputs: list[_Operands]) -> list[Conten
         return Contender(name, call)
 
     return [contender(name) for name in _names("gdn_prefill_pool", problem)]
+
+
+def _theirs(shape: dict[str, int], inputs: list[_Operands], folder: Path | None) -> list[Contender]:
+    rule, program = peers.gated_delta_rule(folder), peers.flashinfer_gdn(folder, shape)
+    return [
+        *([_fla(shape, inputs, rule)] if rule else []),
+        *(_flashinfer(shape, inputs, program) if program else []),
+    ]
+
+
+def _flashinfer(shape: dict[str, int], inputs: list[_Operands], program: Any) -> list[Contender]:
+    given = [(*_split(shape["Hk"], shape["D"], x), x.offsets) for x in inputs]
+    whole = Contender("flashinfer", lambda i: program(*given[i]), is_peer=True)
+    return [whole, dataclasses.replace(whole, name="flashinfer kernel", within=whole.name, kernels=(FLASHINFER_RULE,))]
 
 
 def _fla(shape: dict[str, int], inputs: list[_Operands], rule: Any) -> Contender:

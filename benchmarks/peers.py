@@ -1,13 +1,14 @@
 """Other projects' kernels, from a folder that the user fills; nothing of them is part of this package.
 
-The folder holds the files that each function names, as they come out of the projects' wheels (a library may be
-compressed with xz). A peer whose files are missing is left out.
+The folder holds the files that each function names, as they come out of the projects' wheels or as
+``flashinfer_gdn.py`` writes them (a library may be compressed with xz). A peer whose files are missing is left out.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import ctypes
 import functools
 import importlib.util
 import lzma
@@ -19,6 +20,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.export
+
 VLLM_TRITON_MERGE = "triton_merge_attn_states.py"
 VLLM_LIBRARY = "_C_stable_libtorch.abi3.so"
 # FlashAttention-3 as its authors release it (the wheel fa3-fwd; there the file is _C.abi3.so), and vLLM's fork of it
@@ -28,6 +32,7 @@ FA3_DEFAULTS = {
     "sm_margin": 0, "cp_world_size": 1, "cp_rank": 0,
 }  # fmt: skip
 FLASHMLA_LIBRARY, FLASHMLA_INTERFACE = "_flashmla_C.abi3.so", "flash_mla_interface.py"  # both as vLLM ships them
+CUTE_LIBRARY, CUTE_CALL = "libcute_dsl_runtime.so", "CuteDSLRT_NvJaxCutlassCall"  # NVIDIA's, and its XLA custom call
 
 
 def find(folder: Path, name: str) -> Path | None:
@@ -179,6 +184,47 @@ def _gated_delta_rule(folder: Path | None) -> Callable[..., Any] | None:
         if str(package.resolve()) not in sys.path:
             sys.path.append(str(package.resolve()))
     return importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
+
+
+def flashinfer_gdn(folder: Path | None, shape: dict[str, int]) -> Callable[..., Any] | None:
+    """FlashInfer's gated delta rule as f(q, k, v, g, beta, offsets) -> (out, final states) on jax arrays, or None: the
+    files that ``flashinfer_gdn.py`` writes."""
+    with _loading:
+        return _flashinfer_gdn(folder, flashinfer_program(shape))
+
+
+def flashinfer_program(shape: dict[str, int]) -> str:
+    """The file of a shape."""
+    return f"flashinfer_gdn_{'_'.join(f'{name}{size}' for name, size in sorted(shape.items()))}.bin"
+
+
+@functools.cache
+def _flashinfer_gdn(folder: Path | None, name: str) -> Callable[..., Any] | None:
+    program = None if folder is None else find(folder, name)
+    if program is None or not _cute_library(folder):
+        return None
+    return jax.jit(jax.export.deserialize(bytearray(program.read_bytes())).call)
+
+
+@functools.cache
+def _cute_library(folder: Path) -> bool:
+    """Whether it is there; it is registered once."""
+    file = find(folder, CUTE_LIBRARY)
+    if file is None:
+        return False
+    library = ctypes.CDLL(str(file.resolve()))
+    state = {"type_id": _symbol(library, "StateTypeId")(), "type_info": _symbol(library, "StateTypeInfo")()}
+    stages = {stage: _symbol(library, stage.capitalize()) for stage in ("instantiate", "prepare", "execute")}
+    capsules = functools.partial(jax.tree.map, jax.ffi.pycapsule)
+    jax.ffi.register_ffi_type(f"{CUTE_CALL}Types_v2", capsules(state), platform="CUDA")
+    jax.ffi.register_ffi_target(f"{CUTE_CALL}_v2", capsules(stages), platform="CUDA")
+    return True
+
+
+def _symbol(library: ctypes.CDLL, name: str) -> Any:
+    function = getattr(library, f"{CUTE_CALL}{name}_v2")
+    function.restype = ctypes.c_void_p
+    return function
 
 
 @contextlib.contextmanager

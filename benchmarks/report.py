@@ -234,9 +234,10 @@ _LEFT = 3  # columns of words
 
 
 def fastest_peer(rows: Sequence[Row], row: Row) -> Row | None:
-    """The fastest peer on the same case and variant."""
-    peers = [other for other in rows if other.is_peer and other.key[:3] == row.key[:3]]
-    return min(peers, key=lambda peer: peer.time_us, default=None)
+    """The fastest peer on the same case and variant; "x kernel" beside "x" is a part of it."""
+    peers = {other.implementation: other for other in rows if other.is_peer and other.key[:3] == row.key[:3]}
+    whole = [peer for name, peer in peers.items() if name not in {f"{other} kernel" for other in peers}]
+    return min(whole, key=lambda peer: peer.time_us, default=None)
 
 
 def ratio(rows: Sequence[Row], row: Row) -> float | None:

@@ -1,15 +1,18 @@
 """The benchmark of gdn_prefill on tiny shapes, the oracle in the kernels' place. Nothing here is timed."""
 
 import contextlib
+import ctypes
 import functools
+import os
 import sys
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax_fp8attn.benchmarks import gdn, models, peers, trial
+from jax_fp8attn.benchmarks import flashinfer_gdn, gdn, models, peers, timing, trial
 
 from jax_fp8attn import dispatch
 from jax_fp8attn.cli import bench
@@ -235,6 +238,131 @@ class TestPeers:
         finally:
             for name in [name for name in sys.modules if name.split(".")[0] in ("fla", "einops")]:
                 del sys.modules[name]
+
+
+class TestFlashInfer:
+    """The oracle stands for its kernels, a program for a CPU for those that hold them."""
+
+    @staticmethod
+    def rule(q, k, v, g, beta, offsets):
+        return gdn_prefill(q, k, v, g, beta, cu_seqlens=offsets, qk_l2norm=True, implementation="reference")
+
+    def contenders(self, rule=None) -> list[timing.Contender]:
+        return gdn._flashinfer(SHAPE, [gdn._operands(SHAPE, seed) for seed in range(2)], rule or self.rule)
+
+    def test_gate(self) -> None:
+        made = with_the_oracle("bf16")
+        for peer in self.contenders():
+            assert peer.is_peer and made.bound(peer) == gdn.PEER_BOUND
+            assert made.error(peer, peer.call(0)) <= made.bound(peer) < made.error(peer, peer.call(1))
+
+    @pytest.mark.parametrize("fault", ["decay", "normalised", "offsets"])
+    def test_a_program_with_a_fault(self, fault) -> None:
+        faults = {
+            "decay": lambda q, k, v, g, beta, offsets: self.rule(q, k, v, -jnp.exp(g), beta, offsets),
+            "normalised": lambda q, k, *others: gdn_prefill(
+                q, k, *others[:3], cu_seqlens=others[3], implementation="reference"
+            ),
+            "offsets": lambda *arrays: self.rule(*arrays[:5], arrays[5].at[1].add(1)),
+        }
+        made = with_the_oracle("bf16")
+        whole, _ = self.contenders(faults[fault])
+        assert not made.error(whole, whole.call(0)) <= made.bound(whole)
+
+    def test_the_rule_alone(self) -> None:
+        """What is not FlashInfer's rule is not in its time; it makes no calls of its own."""
+        whole, rule = self.contenders()
+        call = [
+            ("kernel_cutlass__kernel_tensorptrbf16gmemalign256odiv16384", 5.0),
+            ("wrapped_exponential", 1.0),
+            ("kernel_cutlass_kernel_flashinfergdn_kernelsdelta_rule_dsldelta_rule_cp_sm90CPDeltaRuleMN", 20.0),
+            ("kernel_cutlass_kernel_flashinfergdn_kernelsdelta_rule_dsldelta_rule_cp_sm90CPDeltaRulePrefill", 30.0),
+        ]
+        assert timing._samples(whole, ["flashinfer"], [call])[0] == [56.0]
+        assert timing._samples(rule, ["flashinfer"], [call])[0] == [50.0]
+        assert rule.name == f"{whole.name} kernel" and not whole.within
+
+    @pytest.fixture
+    def folder(self, tmp_path, monkeypatch) -> Path:
+        """Two programs, and a library whose functions return what they are called, as capsules do."""
+        for cached in (peers._flashinfer_gdn, peers._cute_library):
+            cached.cache_clear()
+        for tokens in (2, 96):
+            kind = jax.ShapeDtypeStruct((tokens,), jnp.float32)
+            program = jax.export.export(jax.jit(lambda x: x + x.shape[0]), platforms=["cpu"])(kind)
+            (tmp_path / peers.flashinfer_program(SHAPE | {"T": tokens})).write_bytes(program.serialize())
+        (tmp_path / peers.CUTE_LIBRARY).write_bytes(b"")
+
+        class Library:
+            def __init__(self, path):
+                assert Path(path).is_absolute() and Path(path).exists()
+
+            def __getattr__(self, name):
+                def function():
+                    assert function.restype is ctypes.c_void_p
+                    return f"{name}()"
+
+                function.__name__ = name
+                return function
+
+        self.log = []
+        monkeypatch.setattr(ctypes, "CDLL", Library)
+        monkeypatch.setattr(jax.ffi, "pycapsule", lambda x: getattr(x, "__name__", x))
+        for kind in ("type", "target"):
+            add = lambda *facts, platform, kind=kind: self.log.append((kind, *facts, platform))
+            monkeypatch.setattr(jax.ffi, f"register_ffi_{kind}", add)
+        return tmp_path
+
+    def test_programs(self, folder, monkeypatch) -> None:
+        """The one of the shape; what launches their kernels is registered once, under NVIDIA's names."""
+        monkeypatch.chdir(folder)
+        for tokens in (2, 96):
+            program = peers.flashinfer_gdn(Path("."), SHAPE | {"T": tokens})
+            assert program(jnp.zeros(tokens)).tolist() == [tokens] * tokens
+        state = {
+            "type_id": "CuteDSLRT_NvJaxCutlassCallStateTypeId_v2()",
+            "type_info": "CuteDSLRT_NvJaxCutlassCallStateTypeInfo_v2()",
+        }
+        stages = {
+            "execute": "CuteDSLRT_NvJaxCutlassCallExecute_v2",
+            "instantiate": "CuteDSLRT_NvJaxCutlassCallInstantiate_v2",
+            "prepare": "CuteDSLRT_NvJaxCutlassCallPrepare_v2",
+        }
+        assert self.log == [
+            ("type", "CuteDSLRT_NvJaxCutlassCallTypes_v2", state, "CUDA"),
+            ("target", "CuteDSLRT_NvJaxCutlassCall_v2", stages, "CUDA"),
+        ]
+
+    def test_absent(self, folder) -> None:
+        assert peers.flashinfer_gdn(None, SHAPE) is None and peers.flashinfer_gdn(folder, SHAPE | {"T": 3}) is None
+        (folder / peers.CUTE_LIBRARY).unlink()
+        assert peers.flashinfer_gdn(folder, SHAPE | {"T": 2}) is None and self.log == []
+
+    def test_contenders(self, folder, monkeypatch) -> None:
+        monkeypatch.setattr(gdn, "_ours", lambda *facts: [])
+        monkeypatch.setattr(gdn, "_expected", lambda *facts: None)
+        names = lambda *facts: [contender.name for contender in tried(*facts).contenders]
+        assert names("bf16", folder) == ["flashinfer", "flashinfer kernel"] and names("bf16", folder / "none") == []
+        monkeypatch.setattr(gdn, "_ours_in_pool", lambda *facts: [])
+        assert names("bf16 pool", folder) == []
+
+    def test_written(self, tmp_path, monkeypatch) -> None:
+        """A program for each bf16 case, and the library: what the benchmark looks for."""
+        library = tmp_path / "elsewhere" / peers.CUTE_LIBRARY
+        library.parent.mkdir()
+        library.write_bytes(b"library")
+        cutlass = types.SimpleNamespace(find_cute_dsl_runtime_library=lambda: str(library))
+        monkeypatch.setitem(sys.modules, "cutlass", types.ModuleType("cutlass"))
+        monkeypatch.setitem(sys.modules, "cutlass.jax", cutlass)
+        monkeypatch.setattr(flashinfer_gdn, "exported", lambda shape: repr(shape).encode())
+        monkeypatch.setenv("CUTE_DSL_ARCH", "sm_100a")
+        target = tmp_path / "new" / "peers"
+        flashinfer_gdn.main([str(target)])
+        assert os.environ["CUTE_DSL_ARCH"] == "sm_90a"
+        for case in models.cases("gdn_prefill"):
+            file = peers.find(target, peers.flashinfer_program(case.shape))
+            assert case.variant != "bf16" or file.read_bytes() == repr(case.shape).encode()
+        assert peers.find(target, peers.CUTE_LIBRARY).read_bytes() == b"library"
 
 
 def test_prepared_before_anything_is_compiled(monkeypatch) -> None:

@@ -334,6 +334,14 @@ class TestTable:
         assert ratios == [1.5, 1.2, 0.375, 1.0, 1.0, 1.0]
         assert report.ratio(ROWS, row(variant="fp8_group128_f32_row")) is None
 
+    def test_a_part_of_a_peer_is_not_the_fastest(self) -> None:
+        """Of one that is not there it is all that is known."""
+        peers = [
+            row(implementation=name, is_peer=True, time_us=time) for name, time in (("a", 120.0), ("a kernel", 80.0))
+        ]
+        assert report.ratio([row(time_us=100.0), *peers], row(time_us=100.0)) == 1.2
+        assert report.ratio(peers[1:], row(time_us=100.0)) == 0.8
+
     def test_lines(self) -> None:
         text = report.table(RUN, [*ROWS, row(variant="bf16", bytes=4_000_000, flops=64 * 10**9, case="alone")])
         lines = text.splitlines()
