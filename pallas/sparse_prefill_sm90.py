@@ -90,7 +90,7 @@ def supports(problem: SparseProblem, device: Device) -> tuple[str, ...]:
         reasons.append("rows must be FP8 or bfloat16")
     if len(forms) > 1:
         reasons.append("both pools must have one form: dtype, numbers a scale and dtype of the scales")
-    return (*reasons, "not measured on a GPU yet")
+    return tuple(reasons)
 
 
 def run(problem: SparseProblem, arrays: SparseArrays) -> Any:

@@ -185,15 +185,13 @@ class TestLists:
 class TestOffered:
     H200 = dispatch.Device("cuda", "NVIDIA H200", (9, 0))
 
-    @pytest.mark.parametrize("reasons", [(), (trial.UNMEASURED,)], ids=["measured", "not measured"])
-    def test_kernels(self, reasons, monkeypatch) -> None:
+    def test_kernels(self, monkeypatch) -> None:
         from jax_fp8attn.pallas import sparse_prefill_sm90
 
-        monkeypatch.setattr(sparse_prefill_sm90, "supports", lambda problem, device: reasons)
         problem = sparse._problem(sparse._operands(ONE, {"group": 64}, 0).arrays)
         with dispatch.target_device(self.H200):
             assert trial.offered("sparse_prefill", problem) == ["pallas", "xla"]
-            monkeypatch.setattr(sparse_prefill_sm90, "supports", lambda problem, device: (*reasons, "too wide"))
+            monkeypatch.setattr(sparse_prefill_sm90, "supports", lambda problem, device: ("too wide",))
             assert trial.offered("sparse_prefill", problem) == ["xla"]
 
     def test_of_a_hopper_gpu(self) -> None:

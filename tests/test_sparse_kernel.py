@@ -316,9 +316,8 @@ class TestConfig:
         assert SparseConfig().shared_memory < 232448
 
     def test_reasons(self) -> None:
-        """Refused, whatever the problem, until it has been measured."""
         problem = operands(case(rows=FP8))[0]
-        assert sparse_prefill_sm90.supports(problem, HOPPER) == ("not measured on a GPU yet",)
+        assert sparse_prefill_sm90.supports(problem, HOPPER) == ()
         assert "(8, 9)" in str(sparse_prefill_sm90.supports(problem, Device("cuda", "L40S", (8, 9))))
         mixed = dataclasses.replace(problem, extend=dataclasses.replace(problem.extend, form=RowForm(BF16)))
         assert any("one form" in reason for reason in sparse_prefill_sm90.supports(mixed, HOPPER))

@@ -351,7 +351,7 @@ def sparse_calls() -> Iterator[Call]:
 def _sparse(
     label: str, rows: Any = None, q: Any = None, heads: int = 64, extend: int = 0, out_dtype: Any = BF16, **cut: Any
 ) -> Call:
-    """Through ``build``: ``supports`` refuses until the kernels are measured."""
+    """Through ``build``, with parts of the configuration replaced."""
     from jax_fp8attn.pallas import sparse_narrow_sm90, sparse_prefill_sm90
     from jax_fp8attn.problems import PoolForm, SparseArrays, SparsePool, SparseProblem
 
