@@ -65,6 +65,7 @@ class MergeConfig:
 
 
 # elements of a problem (T * H * D): few columns a lane where latency decides, more where the memory does
+FEWEST_ROWS = 4  # of all tokens: tiles of heads gain nothing
 TINY_PROBLEM, SMALL_PROBLEM, MIDDLE_PROBLEM, LARGE_PROBLEM = 2**16, 2**19, 2**21, 2**24
 FEW_TOKENS = 8
 
@@ -78,7 +79,8 @@ def default_config(problem: MergeProblem) -> MergeConfig:
     vector = 4 if elements <= TINY_PROBLEM and problem.tokens < FEW_TOKENS else 8
     if elements >= LARGE_PROBLEM and width == WIDEST_ROW and problem.output_quant and problem.dtype.itemsize == 2:
         vector = 16
-    return MergeConfig(width, min(vector, width // 2))
+    heads = "never" if problem.tokens * problem.heads <= FEWEST_ROWS else "leftover"
+    return MergeConfig(width, min(vector, width // 2), heads=heads)
 
 
 def _group_config(problem: MergeProblem, quant: Fp8PerGroup, elements: int) -> MergeConfig:
@@ -93,6 +95,8 @@ def _group_config(problem: MergeProblem, quant: Fp8PerGroup, elements: int) -> M
         vector = 4 if small else 8 if elements <= 2 * MIDDLE_PROBLEM else 16
     else:
         vector = 8 if elements <= MIDDLE_PROBLEM else 16
+    # a block of heads writes neighbouring scales, where those of a token are neighbours
+    by_heads = quant.scale_layout == "row" and width == WIDEST_ROW and MIDDLE_PROBLEM < elements <= LARGE_PROBLEM
     vector = min(vector, 16 * 2 // problem.dtype.itemsize)
     if packed:
         rows_a_block = 4
@@ -104,7 +108,8 @@ def _group_config(problem: MergeProblem, quant: Fp8PerGroup, elements: int) -> M
     registers = problem.states * vector * problem.dtype.itemsize // 4
     few_blocks = packed and 2 * MIDDLE_PROBLEM < elements < LARGE_PROBLEM
     most = 1 if width == WIDEST_ROW and (few_blocks or not packed) else 4 if small else 2
-    return MergeConfig(width, vector, rows_a_block, ahead=min(rows_a_block, most, max(1, 32 // registers)))
+    ahead = min(rows_a_block, most, max(1, 32 // registers))
+    return MergeConfig(width, vector, rows_a_block, ahead, heads="always" if by_heads else "leftover")
 
 
 def supports(problem: MergeProblem, device: Device) -> tuple[str, ...]:

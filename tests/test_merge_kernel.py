@@ -51,7 +51,8 @@ class TestConfig:
         [
             (problem(tokens=16, heads=4), MergeConfig(128, 8)),
             (problem(), MergeConfig(128, 8)),
-            (problem(tokens=1, heads=4), MergeConfig(128, 4)),
+            (problem(tokens=1, heads=4), MergeConfig(128, 4, heads="never")),
+            (problem(tokens=1, heads=8), MergeConfig(128, 4)),
             (problem(tokens=4096), MergeConfig(128, 8)),
             (problem(tokens=4096, heads=128), MergeConfig(128, 8)),
             (problem(tokens=1024, heads=64, quant=Fp8PerTensor(1.0)), MergeConfig(128, 8)),
@@ -67,6 +68,8 @@ class TestConfig:
             (problem(tokens=4096, heads=128, quant=Fp8PerGroup.row_major(64)), MergeConfig(64, 8, rows=2, ahead=2)),
             (problem(quant=Fp8PerGroup.row_major(128)), MergeConfig(128, 8)),
             (problem(tokens=4096, heads=128, quant=Fp8PerGroup.row_major(128)), MergeConfig(128, 16)),
+            (problem(tokens=4096, heads=16, quant=Fp8PerGroup.row_major(128)), MergeConfig(128, 16, heads="always")),
+            (problem(tokens=4096, heads=16, quant=Fp8PerGroup.deepgemm_sm90()), MergeConfig(128, 16)),
             (problem(tokens=4096, heads=16, quant=PACKED), MergeConfig(128, 16, rows=4)),
             (problem(tokens=4096, heads=128, quant=Fp8PerGroup.deepgemm_sm90()), MergeConfig(128, 16)),
             (problem(quant=PACKED), MergeConfig(128, 4, rows=4, ahead=4)),

@@ -607,6 +607,11 @@ def faulty(
 STRESS = (0, 1, 7, 63, 64, 65, 127, 128, 129, 1000, 0, 500)
 
 
+def sanitized(*given: Any) -> Any:
+    """A case that compute-sanitizer sees, too."""
+    return pytest.param(*given, marks=pytest.mark.sanitize)
+
+
 @pytest.mark.skipif("pallas" not in kernels("mla_prefill"), reason="needs a CUDA device")
 class TestHardware:
     """The same on a GPU of compute capability 9.0."""
@@ -614,8 +619,8 @@ class TestHardware:
     @pytest.mark.parametrize(
         ("given", "cut"),
         [
-            (case(STRESS), {}),
-            (case(STRESS, tuple(reversed(STRESS)), pair=True, out_dtype=BF16), {}),
+            sanitized(case(STRESS), {}),
+            sanitized(case(STRESS, tuple(reversed(STRESS)), pair=True, out_dtype=BF16), {}),
             (case(STRESS, tuple(reversed(STRESS)), causal=False), {"stages": 3}),
             (case((40, 130), (300, 10), causal=False, dtype=BF16), {"producer": False, "late": False}),
             (case((20, 300), dtype=F32, before=0, out_dtype=np.dtype(np.float16)), {}),
@@ -626,7 +631,7 @@ class TestHardware:
             (case((200, 0, 33), (70, 5, 400), state_dtype=F32), {}),
             (case((200, 0, 33), (70, 5, 400), state_dtype=BF16, out_dtype=BF16), {"stages": 3}),
             (case((200, 0, 33), (70, 5, 400), state_dtype=F32, output_quant=PER_TENSOR), {}),
-            (case(STRESS, state_dtype=F32, output_quant=Fp8PerGroup.row_major(64)), {"blocks": 5}),
+            sanitized(case(STRESS, state_dtype=F32, output_quant=Fp8PerGroup.row_major(64)), {"blocks": 5}),
             (case((130, 1, 300), (1500, 5, 2000), state_dtype=BF16, output_quant=PER_TENSOR), {"splits": 3}),
             (case((130, 1, 300), (1500, 5, 2000), causal=False), {"splits": 4}),
         ],

@@ -332,12 +332,12 @@ class TestHardware:
     @pytest.mark.parametrize(
         ("facts", "cut", "options"),
         [
-            ({"rows": FP8}, {}, {}),
+            pytest.param({"rows": FP8}, {}, {}, marks=pytest.mark.sanitize),
             ({"rows": FP8}, {"producer": False, "blocks": 0}, {}),
             ({"rows": FP8, "two": False}, {"blocks": 0}, {"out_dtype": jnp.bfloat16}),
             ({"heads": 72, "rows": FP8, "q": FP8}, {}, {"out_dtype": jnp.bfloat16}),
-            ({"heads": 128, "rows": BYTES, "q": BYTES}, {}, {}),
-            ({"heads": 100}, {}, {"out_dtype": jnp.bfloat16}),
+            pytest.param({"heads": 128, "rows": BYTES, "q": BYTES}, {}, {}, marks=pytest.mark.sanitize),
+            pytest.param({"heads": 100}, {}, {"out_dtype": jnp.bfloat16}, marks=pytest.mark.sanitize),
             ({"heads": 128}, {"producer": False}, {}),
             ({"heads": 8, "q": BYTES}, {}, {}),
         ],

@@ -333,12 +333,14 @@ class TestHardware:
     @pytest.mark.parametrize(
         ("facts", "cut", "options"),
         [
-            ({"heads": 16, "rows": FP8}, {}, {}),
+            pytest.param({"heads": 16, "rows": FP8}, {}, {}, marks=pytest.mark.sanitize),
             ({"heads": 16, "rows": FP8}, {"early": True, "blocks": 264}, {}),
             ({"heads": 8, "rows": FP8, "two": False}, PERSISTENT, {"out_dtype": jnp.bfloat16}),
             ({"heads": 32, "rows": BYTES, "q": BYTES}, {}, {}),
-            ({"heads": 20, "rows": BYTES, "q": FP8}, {}, {"out_dtype": jnp.float16}),
-            ({"heads": 32}, {}, {"out_dtype": jnp.bfloat16}),
+            pytest.param(
+                {"heads": 20, "rows": BYTES, "q": FP8}, {}, {"out_dtype": jnp.float16}, marks=pytest.mark.sanitize
+            ),
+            pytest.param({"heads": 32}, {}, {"out_dtype": jnp.bfloat16}, marks=pytest.mark.sanitize),
             ({"heads": 24, "q": BYTES}, {"early": True}, {}),
             ({"heads": 1}, PERSISTENT, {}),
         ],
