@@ -436,7 +436,8 @@ def readme_table(results: Path | str = RESULTS) -> str:
 def _readme_line(headline: tuple[str, str, str], run: Run, rows: Sequence[Row], link: str) -> list[str] | None:
     """Of the whole op by an implementation that a caller can name, not of a part of it."""
     op, case, variant = headline
-    ours = [row for row in rows if row.key[:3] == (op, case, variant) and row.implementation in dispatch.NAMES]
+    named = lambda row: row.implementation in dispatch.NAMES and not row.is_peer  # a peer may have such a name, too
+    ours = [row for row in rows if row.key[:3] == (op, case, variant) and named(row)]
     if not ours:
         return None
     best = min(ours, key=lambda row: row.time_us)

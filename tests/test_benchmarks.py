@@ -446,6 +446,13 @@ class TestReadme:
             f"| - | - | {link.format('gdn_prefill')} |",
         ]
 
+    def test_a_peer_with_the_name_of_an_implementation(self, results) -> None:
+        run, (gdn, other) = report.read(stored(results, "gdn_prefill"))
+        peer = dataclasses.replace(gdn, implementation="flashinfer", is_peer=True, time_us=46.0)
+        report.write(stored(results, "gdn_prefill"), run, [gdn, peer, other])
+        line = report.readme_table(results).splitlines()[-1]
+        assert "| 92 us, 1.00 TB/s (`pallas`) | 25% | 46 us (flashinfer) | 0.50x |" in line
+
     def test_a_part_is_not_the_op(self, tmp_path) -> None:
         """The line is of what a caller can ask for by name."""
         parts = [row(implementation=name, time_us=1.0) for name in ("pallas kernel", "unfused", "bf16 output")]
