@@ -135,18 +135,18 @@ class Case:
         sink = None if self.sink is None else jnp.asarray(self.sink, jnp.float32)
         return call(implementation, *self.arguments(), softmax_scale=self.scale, attn_sink=sink, **options)
 
-    def listed(self, t: int) -> np.ndarray:
-        """The rows of token t in float64: invalid indices left out, duplicates kept."""
-        rows = [pick(exact_rows(self.prefix), self.prefix_lists[t])]
-        if self.extend is not None:
-            rows.append(pick(exact_rows(self.extend), self.extend_lists[t]))
-        return np.concatenate(rows)
-
     def expected(self) -> tuple[np.ndarray, np.ndarray]:
-        q = exact_rows(self.q)
+        q, prefix = exact_rows(self.q), exact_rows(self.prefix)
+        extend, extend_lists = prefix[:0], [()] * len(q)
+        if self.extend is not None:
+            extend, extend_lists = exact_rows(self.extend), self.extend_lists
         sink = None if self.sink is None else np.asarray(self.sink)
         scale = SCALE if self.scale is None else self.scale
-        results = [attention(q[t], self.listed(t), scale, sink) for t in range(len(q))]
+        results = [
+            # invalid indices are left out, duplicates kept
+            attention(own, np.concatenate([pick(prefix, x), pick(extend, y)]), scale, sink)
+            for own, x, y in zip(q, self.prefix_lists, extend_lists, strict=True)
+        ]
         return np.stack([out for out, _ in results]), np.stack([lse for _, lse in results], axis=1)
 
     def check(self, implementation: str = "xla", worst: float = EXACT, **options: Any) -> tuple[jax.Array, jax.Array]:

@@ -1427,21 +1427,9 @@ def test_ten_thousand_random_cases(implementation: str) -> None:
         q = jnp.asarray(q, jnp.bfloat16)
         out, lse = op(scale, sink, q, prefix, indices, indptr, extend, extend_indices, extend_indptr)
         assert np.isfinite(np.asarray(out)).all() and not np.isnan(np.asarray(lse)).any()
-        expected = [
-            random_answer(
-                i,
-                exact_rows(q),
-                exact_rows(prefix),
-                indices,
-                indptr,
-                exact_rows(extend),
-                extend_indices,
-                extend_indptr,
-                scale,
-                sink,
-            )
-            for i in range(instances)
-        ]
+        rows_of = [exact_rows(x) for x in (q, prefix, extend)]
+        lists = (rows_of[0], rows_of[1], indices, indptr, rows_of[2], extend_indices, extend_indptr)
+        expected = [random_answer(i, *lists, scale, sink) for i in range(instances)]
         # a sink far above the scores leaves results below float32's range: 0 there
         out, want = (np.where(np.abs(x) < 1e-30, 0, x) for x in (np.asarray(out), np.stack([o for o, _ in expected])))
         assert_rows_close(out, want, bound(implementation, 10 * EXACT))
