@@ -17,7 +17,21 @@ from interpreter import run_interpreted, verdict
 from jax_fp8attn.pallas import mla_prefill_sm90
 from jax_fp8attn.pallas.mla_prefill_sm90 import BF16 as FORMAT
 from jax_fp8attn.pallas.mla_prefill_sm90 import FP8, MlaConfig
-from test_mla_kernel import BF16, E4M3, F32, INF, NAN, PER_TENSOR, SPECS, STATES, STRESS, Case, compiled, values_of
+from test_mla_kernel import (
+    BF16,
+    E4M3,
+    F32,
+    INF,
+    NAN,
+    PER_TENSOR,
+    SPECS,
+    STATES,
+    STRESS,
+    Case,
+    compiled,
+    exact_of,
+    values_of,
+)
 from test_mla_kernel import case as fp8_case
 from test_mla_kernel import make_arrays as standard_arrays
 from test_mla_kernel import on_hardware as run_on_hardware
@@ -53,8 +67,7 @@ def kernel(interpret: Any, problem: MlaProblem, arrays: MlaArrays, cut: dict[str
 def oracle(problem: MlaProblem, arrays: MlaArrays) -> Any:
     """On operands rounded to bf16, of which e4m3 is a part."""
     rounded = [x if x is None or x.dtype == E4M3 else x.astype(BF16) for x in arrays[:4]]
-    arrays = MlaArrays(*rounded, *arrays[4:])
-    return reference.run(problem, jax.tree.map(jnp.asarray, arrays))
+    return exact_of(problem, MlaArrays(*rounded, *arrays[4:]))
 
 
 def interpreted(problem: MlaProblem, arrays: MlaArrays, cut: dict[str, Any] | None = None) -> Any:
