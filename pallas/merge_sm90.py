@@ -65,9 +65,9 @@ class MergeConfig:
 
 
 # elements of a problem (T * H * D): few columns a lane where latency decides, more where the memory does
-FEWEST_ROWS = 4  # of all tokens: tiles of heads gain nothing
 TINY_PROBLEM, SMALL_PROBLEM, MIDDLE_PROBLEM, LARGE_PROBLEM = 2**16, 2**19, 2**21, 2**24
 FEW_TOKENS = 8
+FEWEST_ROWS = 4  # of all tokens: tiles of heads gain nothing
 
 
 def default_config(problem: MergeProblem) -> MergeConfig:

@@ -187,7 +187,8 @@ def default_config(problem: MlaProblem) -> MlaConfig:
 
 
 def _few_addresses(problem: MlaProblem) -> bool:
-    """Of states: blocks that take several tiles keep them, and a consumer has no registers for more."""
+    """Blocks that take several tiles keep those of states, and beside float32 outputs a consumer has none for float32
+    states."""
     return problem.output_quant is not None or not problem.state_dtype == problem.out_dtype == np.float32
 
 
